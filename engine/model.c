@@ -1,0 +1,279 @@
+/* model.c: finds a model's tensors, proves their shapes and converts them to what the kernels want.
+ *
+ * A weight matrix is read once, 16 rows (one panel) at a time: dequantized to float32, quantized to
+ * INT8 with one scale per output channel, packed. Threads take panels; the pages of the source are
+ * given back tensor by tensor, so the peak is one INT8 model and no second full copy. */
+#include "model.h"
+#include "dequant.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct loader {
+    struct model *m;
+    struct amber_pool *pool;
+    amber_progress_fn progress;
+    void *user;
+    int64_t done, total; /* source bytes */
+    amber_error *err;
+};
+
+/* ---- shapes ---- */
+
+/* A layer's projections: file name, shape as (outputs, inputs), place in struct layer. */
+struct projection {
+    const char *name;
+    int n_out, n_in;
+    size_t offset;
+};
+
+#define N_PROJECTIONS 7
+
+static void projections(const struct shape *s, struct projection p[N_PROJECTIONS]) {
+    int q = s->n_head * s->head_dim, kv = s->n_head_kv * s->head_dim;
+    const struct projection table[N_PROJECTIONS] = {
+        {"attn_q", q, s->n_embd, offsetof(struct layer, q)},
+        {"attn_k", kv, s->n_embd, offsetof(struct layer, k)},
+        {"attn_v", kv, s->n_embd, offsetof(struct layer, v)},
+        {"attn_output", s->n_embd, q, offsetof(struct layer, o)},
+        {"ffn_gate", s->n_ff, s->n_embd, offsetof(struct layer, gate)},
+        {"ffn_up", s->n_ff, s->n_embd, offsetof(struct layer, up)},
+        {"ffn_down", s->n_embd, s->n_ff, offsetof(struct layer, down)},
+    };
+    memcpy(p, table, sizeof table);
+}
+
+static int k_padded(int n_in) { return (int)amber_round_up(n_in, AMBER_K_ALIGN); }
+static int n_panels(int n_out) { return (n_out + AMBER_PANEL - 1) / AMBER_PANEL; }
+
+/* Bytes of a converted matrix. */
+static int64_t linear_bytes(int n_out, int n_in, bool float_weights) {
+    if (float_weights) return (int64_t)n_out * n_in * (int64_t)sizeof(float);
+    int64_t outputs = (int64_t)n_panels(n_out) * AMBER_PANEL;
+    return outputs * k_padded(n_in) + outputs * (int64_t)sizeof(float);
+}
+
+/* Finds a float-valued tensor of the given shape; n_out 0 means one-dimensional. */
+static amber_status find_weight(const struct gguf_file *file, const char *name, int n_out, int n_in,
+                                const struct gguf_tensor **out, amber_error *err) {
+    const struct gguf_tensor *t = gguf_find_tensor(file, name);
+    if (!t)
+        return amber_fail(err, AMBER_ERR_FORMAT,
+                          "%s: tensor %s: expected, not found (the file is incomplete or split)",
+                          file->label, name);
+    uint64_t rows = n_out ? (uint64_t)n_out : 1;
+    if (t->ne[0] != (uint64_t)n_in || t->ne[1] != rows || t->ne[2] != 1 || t->ne[3] != 1)
+        return amber_fail(err, AMBER_ERR_FORMAT,
+                          "%s: tensor %s: expected %d x %" PRIu64 ", found %" PRIu64 " x %" PRIu64
+                          " x %" PRIu64,
+                          file->label, name, n_in, rows, t->ne[0], t->ne[1], t->ne[2]);
+    const struct type_info *type = type_info(t->type);
+    if (!type || !type->to_float)
+        return amber_fail(err, AMBER_ERR_UNSUPPORTED,
+                          "%s: tensor %s has type %s, which this version cannot read; Q8_0, Q6_K, Q4_K "
+                          "and their kin work",
+                          file->label, name, type ? type->name : "unknown");
+    *out = t;
+    return AMBER_OK;
+}
+
+/* ---- memory ---- */
+
+static void *keep(struct model *m, size_t bytes) {
+    if (m->n_blocks == m->cap_blocks) {
+        int cap = m->cap_blocks ? 2 * m->cap_blocks : 64;
+        void **blocks = realloc(m->blocks, sizeof *blocks * (size_t)cap);
+        if (!blocks) return NULL;
+        m->blocks = blocks;
+        m->cap_blocks = cap;
+    }
+    void *p = amber_alloc(bytes);
+    if (!p) return NULL;
+    m->blocks[m->n_blocks++] = p;
+    m->weight_bytes += (int64_t)bytes;
+    return p;
+}
+
+static amber_status no_memory(const struct loader *ld, const char *name, int64_t bytes) {
+    return amber_fail(ld->err, AMBER_ERR_MEMORY,
+                      "%s: no memory for %s (%.1f MB; %.1f MB of weights are held already)",
+                      ld->m->file->label, name, (double)bytes / 1e6,
+                      (double)ld->m->weight_bytes / 1e6);
+}
+
+/* ---- conversion ---- */
+
+struct convert {
+    const struct gguf_tensor *tensor;
+    const struct type_info *type;
+    uint64_t row_bytes;
+    int n_out, n_in, k_pad;
+    uint8_t *q;
+    float *scale;
+    float *f32;
+    float *panel; /* [threads, 16, n_in] */
+};
+
+static void convert_work(void *ctx, int ith, int nth) {
+    const struct convert *c = ctx;
+    int begin, end;
+    amber_split(n_panels(c->n_out), 1, ith, nth, &begin, &end);
+    float *rows = c->panel + (int64_t)ith * AMBER_PANEL * c->n_in;
+    for (int panel = begin; panel < end; panel++) {
+        int first = panel * AMBER_PANEL, count = amber_min(AMBER_PANEL, c->n_out - first);
+        float *dst = c->f32 ? c->f32 + (int64_t)first * c->n_in : rows;
+        const uint8_t *src = c->tensor->data + (uint64_t)first * c->row_bytes;
+        c->type->to_float(src, dst, (int64_t)count * c->n_in);
+        if (!c->f32) amber_pack_w8_panel(c->q, c->scale, rows, panel, count, c->n_in, c->k_pad);
+    }
+}
+
+static amber_status report(struct loader *ld, const struct gguf_tensor *t) {
+    ld->done += (int64_t)t->size;
+    if (ld->progress && ld->progress(ld->user, AMBER_PHASE_LOAD, ld->done, ld->total))
+        return amber_fail(ld->err, AMBER_ERR_CANCELLED, "%s: loading was cancelled",
+                          ld->m->file->label);
+    return AMBER_OK;
+}
+
+static amber_status load_linear(struct loader *ld, const struct gguf_tensor *t, const char *name,
+                                int n_out, int n_in, struct linear *out) {
+    struct model *m = ld->m;
+    struct convert c = {.tensor = t, .type = type_info(t->type), .n_out = n_out, .n_in = n_in};
+    c.row_bytes = type_row_bytes(t->type, (uint64_t)n_in);
+    c.k_pad = k_padded(n_in);
+    *out = (struct linear){.n_out = n_out, .n_in = n_in};
+
+    int64_t bytes = linear_bytes(n_out, n_in, m->float_weights);
+    uint8_t *block = keep(m, (size_t)bytes);
+    if (!block) return no_memory(ld, name, bytes);
+    if (m->float_weights) {
+        out->f32 = c.f32 = (float *)block;
+    } else {
+        int64_t outputs = (int64_t)n_panels(n_out) * AMBER_PANEL;
+        c.q = block;
+        c.scale = (float *)(block + outputs * c.k_pad);
+        int64_t scratch = (int64_t)amber_pool_threads(ld->pool) * AMBER_PANEL * n_in;
+        c.panel = amber_alloc((size_t)scratch * sizeof(float));
+        if (!c.panel) return no_memory(ld, name, scratch * (int64_t)sizeof(float));
+        out->w8 = (struct amber_w8){c.q, c.scale, NULL, n_out, n_in, c.k_pad};
+    }
+    amber_pool_run(ld->pool, convert_work, &c);
+    amber_free(c.panel);
+    if (t != m->embedding) gguf_drop_pages(m->file, t);
+    m->n_params += (int64_t)n_out * n_in;
+    return report(ld, t);
+}
+
+/* A one-dimensional tensor as float32, padded with zeros to whole panels. */
+static amber_status load_vector(struct loader *ld, const char *name, int n, const float **out) {
+    const struct gguf_tensor *t = NULL;
+    amber_status status = find_weight(ld->m->file, name, 0, n, &t, ld->err);
+    if (status != AMBER_OK) return status;
+    float *v = keep(ld->m, sizeof(float) * (size_t)amber_round_up(n, AMBER_PANEL));
+    if (!v) return no_memory(ld, name, n);
+    type_info(t->type)->to_float(t->data, v, n);
+    ld->m->n_params += n;
+    *out = v;
+    return report(ld, t);
+}
+
+static amber_status load_projection(struct loader *ld, int il, const struct projection *p) {
+    struct linear *out = (struct linear *)((char *)&ld->m->layers[il] + p->offset);
+    char name[64];
+    snprintf(name, sizeof name, "blk.%d.%s.weight", il, p->name);
+    const struct gguf_tensor *t = NULL;
+    amber_status status = find_weight(ld->m->file, name, p->n_out, p->n_in, &t, ld->err);
+    if (status == AMBER_OK) status = load_linear(ld, t, name, p->n_out, p->n_in, out);
+    if (status != AMBER_OK) return status;
+
+    snprintf(name, sizeof name, "blk.%d.%s.bias", il, p->name);
+    if (gguf_find_tensor(ld->m->file, name)) {
+        status = load_vector(ld, name, p->n_out, &out->bias);
+        out->w8.bias = out->bias;
+    }
+    return status;
+}
+
+static amber_status load_layer(struct loader *ld, int il) {
+    struct layer *layer = &ld->m->layers[il];
+    int n_embd = ld->m->shape.n_embd;
+    char name[64];
+    snprintf(name, sizeof name, "blk.%d.attn_norm.weight", il);
+    amber_status status = load_vector(ld, name, n_embd, &layer->attn_norm);
+    snprintf(name, sizeof name, "blk.%d.ffn_norm.weight", il);
+    if (status == AMBER_OK) status = load_vector(ld, name, n_embd, &layer->ffn_norm);
+
+    struct projection p[N_PROJECTIONS];
+    projections(&ld->m->shape, p);
+    for (int i = 0; i < N_PROJECTIONS && status == AMBER_OK; i++)
+        status = load_projection(ld, il, &p[i]);
+    return status;
+}
+
+static amber_status load_all(struct loader *ld) {
+    struct model *m = ld->m;
+    struct shape *s = &m->shape;
+    amber_status status = arch_read_shape(m->file, s, ld->err);
+    if (status == AMBER_OK)
+        status = find_weight(m->file, "token_embd.weight", s->n_vocab, s->n_embd, &m->embedding,
+                             ld->err);
+    if (status != AMBER_OK) return status;
+
+    m->layers = calloc((size_t)s->n_layer, sizeof *m->layers);
+    if (!m->layers) return no_memory(ld, "the layer table", (int64_t)sizeof *m->layers * s->n_layer);
+    for (uint64_t i = 0; i < m->file->n_tensors; i++) ld->total += (int64_t)m->file->tensors[i].size;
+
+    for (int il = 0; il < s->n_layer && status == AMBER_OK; il++) status = load_layer(ld, il);
+    if (status == AMBER_OK) status = load_vector(ld, "output_norm.weight", s->n_embd, &m->output_norm);
+    if (status != AMBER_OK) return status;
+
+    const struct gguf_tensor *head = m->embedding;
+    if (gguf_find_tensor(m->file, "output.weight")) {
+        status = find_weight(m->file, "output.weight", s->n_vocab, s->n_embd, &head, ld->err);
+        if (status != AMBER_OK) return status;
+        m->n_params += (int64_t)s->n_vocab * s->n_embd; /* the embedding, which is not converted */
+    }
+    return load_linear(ld, head, "output.weight", s->n_vocab, s->n_embd, &m->output);
+}
+
+amber_status model_load(struct gguf_file *file, bool float_weights, struct amber_pool *pool,
+                        amber_progress_fn progress, void *progress_user, struct model *m,
+                        amber_error *err) {
+    *m = (struct model){.file = file, .float_weights = float_weights};
+    struct loader ld = {.m = m, .pool = pool, .progress = progress, .user = progress_user, .err = err};
+    amber_status status = load_all(&ld);
+    if (status != AMBER_OK) model_free(m);
+    return status;
+}
+
+void model_free(struct model *m) {
+    for (int i = 0; i < m->n_blocks; i++) amber_free(m->blocks[i]);
+    free(m->blocks);
+    free(m->layers);
+    free(m->shape.rope_freq);
+    gguf_close(m->file);
+    *m = (struct model){0};
+}
+
+amber_status model_estimate(const struct gguf_file *file, bool float_weights, struct shape *s,
+                            int64_t *weight_bytes, int64_t *mapped_bytes, amber_error *err) {
+    amber_status status = arch_read_shape(file, s, err);
+    if (status != AMBER_OK) return status;
+    struct projection p[N_PROJECTIONS];
+    projections(s, p);
+    int64_t layer = 2 * (int64_t)s->n_embd * (int64_t)sizeof(float);
+    for (int i = 0; i < N_PROJECTIONS; i++) layer += linear_bytes(p[i].n_out, p[i].n_in, float_weights);
+    *weight_bytes = layer * s->n_layer + linear_bytes(s->n_vocab, s->n_embd, float_weights) +
+                    s->n_embd * (int64_t)sizeof(float);
+    *mapped_bytes = (int64_t)gguf_find_tensor(file, "token_embd.weight")->size;
+    return AMBER_OK;
+}
+
+void model_embed(const struct model *m, int32_t token, float *x) {
+    const struct type_info *type = type_info(m->embedding->type);
+    uint64_t row = type_row_bytes(m->embedding->type, (uint64_t)m->shape.n_embd);
+    type->to_float(m->embedding->data + (uint64_t)token * row, x, m->shape.n_embd);
+}

@@ -1,0 +1,312 @@
+/* session.c: one timeline of tokens. Decides what of a prefix is already there, cuts the rest into
+ * batches, and keeps the cache consistent whatever happens in between. */
+#include "session.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define DEFAULT_CTX   4096
+#define DEFAULT_BATCH 512
+#define MAX_BATCH     8192
+
+/* ---- memory ---- */
+
+static int widest_input(const struct shape *s) {
+    return amber_max(amber_max(s->n_embd, s->n_ff), s->n_head * s->head_dim);
+}
+
+/* One place lists every buffer, so that the estimate and the allocation cannot disagree. Calls `each`
+ * with the address of the pointer and the bytes; stops at the first false. */
+typedef bool (*buffer_fn)(void *user, void **at, int64_t bytes, bool is_kv);
+
+static bool each_buffer(const struct shape *s, bool floats, int threads, size_t attn_scratch,
+                        struct amber_session *session, buffer_fn each, void *user) {
+    struct batch *b = &session->batch;
+    const int64_t f32 = sizeof(float), rows = b->n_batch, wide = widest_input(s);
+    const int64_t q = (int64_t)s->n_head * s->head_dim, kv = (int64_t)s->n_head_kv * s->head_dim;
+    const int64_t stride = amber_round_up(wide, AMBER_K_ALIGN) + AMBER_K_ALIGN;
+    b->kv_f32 = floats;
+    b->kv_layer_bytes = amber_round_up(kv * b->n_ctx * (floats ? 4 : 2), 64);
+    return each(user, (void **)&b->kv, 2 * b->kv_layer_bytes * s->n_layer, true) &&
+           each(user, (void **)&session->tokens, (int64_t)sizeof(int32_t) * b->n_ctx, false) &&
+           each(user, (void **)&session->logits, f32 * s->n_vocab, false) &&
+           each(user, (void **)&b->x_base, f32 * rows * s->n_embd, false) &&
+           each(user, (void **)&b->q, f32 * rows * q, false) &&
+           each(user, (void **)&b->attn, f32 * rows * q, false) &&
+           each(user, (void **)&b->k, f32 * rows * kv, false) &&
+           each(user, (void **)&b->v, f32 * rows * kv, false) &&
+           each(user, (void **)&b->gate, f32 * rows * s->n_ff, false) &&
+           each(user, (void **)&b->up, f32 * rows * s->n_ff, false) &&
+           each(user, (void **)&b->cos, f32 * rows * (s->n_rot / 2), false) &&
+           each(user, (void **)&b->sin, f32 * rows * (s->n_rot / 2), false) &&
+           each(user, (void **)&b->norm_scratch, f32 * threads * wide, false) &&
+           each(user, (void **)&b->attn_scratch, (int64_t)attn_scratch * threads, false) &&
+           (floats ? each(user, (void **)&b->in.f32, f32 * rows * wide, false)
+                   : each(user, (void **)&b->in.a8.q, rows * stride, false) &&
+                         each(user, (void **)&b->in.a8.scale, f32 * rows, false) &&
+                         each(user, (void **)&b->in.a8.sum, (int64_t)sizeof(int32_t) * rows, false));
+}
+
+static bool count_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
+    (void)at;
+    struct amber_session *session = user;
+    *(is_kv ? &session->kv_bytes : &session->scratch_bytes) += bytes;
+    return true;
+}
+
+#define MAX_BUFFERS 24
+
+static bool make_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
+    struct amber_session *session = user;
+    *at = amber_alloc((size_t)bytes);
+    if (!*at || session->n_blocks == MAX_BUFFERS) return false;
+    session->blocks[session->n_blocks++] = *at;
+    return count_buffer(user, at, bytes, is_kv);
+}
+
+static amber_status set_sizes(const struct shape *s, int n_ctx, int n_batch, struct batch *b,
+                              amber_error *err) {
+    if (n_ctx < 0 || n_ctx > (1 << 28))
+        return amber_fail(err, AMBER_ERR_ARGUMENT, "n_ctx: expected 1..268435456 or 0, found %d", n_ctx);
+    if (n_batch < 0 || n_batch > MAX_BATCH)
+        return amber_fail(err, AMBER_ERR_ARGUMENT, "n_batch: expected 2..%d or 0, found %d", MAX_BATCH,
+                          n_batch);
+    b->n_ctx = n_ctx ? n_ctx : amber_min(DEFAULT_CTX, s->n_ctx_train);
+    b->n_batch = (int)amber_round_up(n_batch ? n_batch : DEFAULT_BATCH, 2);
+    b->n_batch = amber_min(b->n_batch, (int)amber_round_up(b->n_ctx, 2));
+    return AMBER_OK;
+}
+
+/* What a session would take: for amber_memory_estimate. */
+amber_status session_estimate(const struct shape *s, bool floats, int threads, size_t attn_scratch,
+                              int n_ctx, int n_batch, int64_t *kv_bytes, int64_t *scratch_bytes,
+                              amber_error *err) {
+    struct amber_session session = {0};
+    amber_status status = set_sizes(s, n_ctx, n_batch, &session.batch, err);
+    if (status != AMBER_OK) return status;
+    each_buffer(s, floats, threads, attn_scratch, &session, count_buffer, &session);
+    *kv_bytes = session.kv_bytes;
+    *scratch_bytes = session.scratch_bytes;
+    return AMBER_OK;
+}
+
+/* ---- life ---- */
+
+static int on_tick(void *user, int il) {
+    struct amber_session *session = user;
+    if (!session->progress) return 0;
+    int64_t in_batch = 1000LL * session->batch.rows * il / session->batch.model->shape.n_layer;
+    return session->progress(session->progress_user, AMBER_PHASE_PREFILL,
+                             session->progress_done + in_batch, session->progress_total);
+}
+
+void amber_session_options_defaults(amber_session_options *options) {
+    *options = (amber_session_options){.size = sizeof *options};
+}
+
+amber_status amber_session_new(amber_engine *engine, const amber_session_options *options,
+                               amber_session **out, amber_error *err) {
+    *out = NULL;
+    amber_session_options o;
+    amber_session_options_defaults(&o);
+    if (options) memcpy(&o, options, amber_min((int)options->size, (int)sizeof o));
+
+    const struct model *model = &engine->model;
+    struct amber_session *session = calloc(1, sizeof *session);
+    void **blocks = calloc(MAX_BUFFERS, sizeof *blocks);
+    if (!session || !blocks) {
+        free(session);
+        free(blocks);
+        return amber_fail(err, AMBER_ERR_MEMORY, "session: no memory");
+    }
+    session->blocks = blocks;
+    session->engine = engine;
+    session->progress = o.progress;
+    session->progress_user = o.progress_user;
+    struct batch *b = &session->batch;
+    b->model = model;
+    b->kernels = &engine->kernels;
+    b->pool = engine->pool;
+    b->tick_user = session;
+
+    amber_status status = set_sizes(&model->shape, o.n_ctx, o.n_batch, b, err);
+    if (status != AMBER_OK) {
+        amber_session_free(session);
+        return status;
+    }
+    if (!each_buffer(&model->shape, model->float_weights, amber_pool_threads(b->pool),
+                     b->kernels->attention_scratch, session, make_buffer, session)) {
+        int n_ctx = b->n_ctx;
+        double held = (double)(session->kv_bytes + session->scratch_bytes) / 1e6;
+        int64_t kv = 0, scratch = 0;
+        session_estimate(&model->shape, model->float_weights, amber_pool_threads(b->pool),
+                         b->kernels->attention_scratch, o.n_ctx, o.n_batch, &kv, &scratch, NULL);
+        amber_session_free(session);
+        return amber_fail(err, AMBER_ERR_MEMORY,
+                          "session: a context of %d tokens needs %.1f MB, got %.1f MB (use a smaller "
+                          "context)",
+                          n_ctx, (double)(kv + scratch) / 1e6, held);
+    }
+    *out = session;
+    return AMBER_OK;
+}
+
+void amber_session_free(amber_session *session) {
+    if (!session) return;
+    for (int i = 0; i < session->n_blocks; i++) amber_free(session->blocks[i]);
+    free(session->blocks);
+    free(session);
+}
+
+/* ---- computing ---- */
+
+/* Where the batch that starts at pos ends: batches of even size as equal as can be, that end at even
+ * positions, so that a pair of positions (2i, 2i + 1) is never cut. */
+static int batch_end(const struct batch *b, int pos, int n) {
+    int count = n - pos;
+    int batches = (count + b->n_batch - 1) / b->n_batch;
+    int size = (int)amber_round_up((count + batches - 1) / batches, 2);
+    int end = pos + amber_min(size, b->n_batch);
+    if (end >= n) return n;
+    return end - end % 2 > pos ? end - end % 2 : end;
+}
+
+/* Computes tokens[session->n_past..n) and appends them. Logits of positions first_out..n-1 go to out
+ * [(n - first_out), n_vocab]. After a cancellation the session holds the batches that were finished. */
+static amber_status extend(struct amber_session *session, const int32_t *tokens, int n, int first_out,
+                           float *out, amber_error *err) {
+    struct batch *b = &session->batch;
+    const int n_vocab = b->model->shape.n_vocab;
+    session->has_logits = false;
+    session->progress_total = 1000LL * (n - session->n_past);
+    session->progress_done = 0;
+    /* A single row is over before anyone could cancel it. */
+    b->tick = n - session->n_past > 1 ? on_tick : NULL;
+
+    while (session->n_past < n) {
+        int pos = session->n_past, end = batch_end(b, pos, n), rows = end - pos;
+        int first = amber_min(amber_max(first_out - pos, 0), rows);
+        float *logits = first < rows ? out + (int64_t)(pos + first - first_out) * n_vocab : NULL;
+        pthread_mutex_lock(&session->engine->lock);
+        amber_status status = forward(b, tokens + pos, rows, pos, first, logits);
+        pthread_mutex_unlock(&session->engine->lock);
+        if (status != AMBER_OK)
+            return amber_fail(err, status, "prefill: cancelled after %d of %d tokens", pos, n);
+        memmove(session->tokens + pos, tokens + pos, sizeof *tokens * (size_t)rows);
+        session->n_past = end;
+        session->progress_done += 1000LL * rows;
+    }
+    if (b->tick && session->progress)
+        session->progress(session->progress_user, AMBER_PHASE_PREFILL, session->progress_total,
+                          session->progress_total);
+    return AMBER_OK;
+}
+
+static amber_status check_tokens(const struct amber_session *session, const int32_t *tokens, int n,
+                                 amber_error *err) {
+    int n_vocab = session->batch.model->shape.n_vocab;
+    if (n < 1) return amber_fail(err, AMBER_ERR_ARGUMENT, "prompt: expected at least 1 token, found 0");
+    if (n > session->batch.n_ctx)
+        return amber_fail(err, AMBER_ERR_CONTEXT,
+                          "prompt has %d tokens, context is %d (use a larger context or shorten the "
+                          "prompt)",
+                          n, session->batch.n_ctx);
+    for (int i = 0; i < n; i++) {
+        if (tokens[i] < 0 || tokens[i] >= n_vocab)
+            return amber_fail(err, AMBER_ERR_ARGUMENT, "token %d of the prompt: expected 0..%d, found %d",
+                              i, n_vocab - 1, tokens[i]);
+    }
+    return AMBER_OK;
+}
+
+amber_status amber_session_sync(amber_session *session, const int32_t *tokens, int32_t n,
+                                amber_error *err) {
+    amber_status status = check_tokens(session, tokens, n, err);
+    if (status != AMBER_OK) return status;
+
+    int common = 0;
+    while (common < n && common < session->n_past && tokens[common] == session->tokens[common]) common++;
+    session->stats.cached_tokens = common;
+    if (common == n && session->n_past == n && session->has_logits) return AMBER_OK;
+    /* Logits come out of a computed row only, so a fully cached prompt computes its last one again. */
+    common = amber_min(common, n - 1);
+    session->stats.cached_tokens = common;
+    session->n_past = common;
+
+    double start = amber_seconds();
+    status = extend(session, tokens, n, n - 1, session->logits, err);
+    double seconds = amber_seconds() - start;
+    if (n - common > 1) {
+        session->stats.prefill_tokens = session->n_past - common;
+        session->stats.prefill_seconds = seconds;
+    } else {
+        session->stats.decode_tokens++;
+        session->stats.decode_seconds += seconds;
+    }
+    session->has_logits = status == AMBER_OK;
+    return status;
+}
+
+amber_status amber_session_append(amber_session *session, int32_t token, amber_error *err) {
+    int n = session->n_past;
+    if (n >= session->batch.n_ctx)
+        return amber_fail(err, AMBER_ERR_CONTEXT,
+                          "context is full: %d tokens, context is %d (use a larger context)", n + 1,
+                          session->batch.n_ctx);
+    if (token < 0 || token >= session->batch.model->shape.n_vocab)
+        return amber_fail(err, AMBER_ERR_ARGUMENT, "token: expected 0..%d, found %d",
+                          session->batch.model->shape.n_vocab - 1, token);
+    double start = amber_seconds();
+    session->tokens[n] = token;
+    amber_status status = extend(session, session->tokens, n + 1, n, session->logits, err);
+    session->has_logits = status == AMBER_OK;
+    session->stats.decode_tokens++;
+    session->stats.decode_seconds += amber_seconds() - start;
+    return status;
+}
+
+amber_status amber_session_score(amber_session *session, const int32_t *tokens, int32_t n,
+                                 int32_t first, float *out, amber_error *err) {
+    amber_status status = check_tokens(session, tokens, n, err);
+    if (status != AMBER_OK) return status;
+    if (first < 0 || first >= n)
+        return amber_fail(err, AMBER_ERR_ARGUMENT, "first: expected 0..%d, found %d", n - 1, first);
+    session->n_past = 0;
+    double start = amber_seconds();
+    status = extend(session, tokens, n, first, out, err);
+    session->stats.cached_tokens = 0;
+    session->stats.prefill_tokens = session->n_past;
+    session->stats.prefill_seconds = amber_seconds() - start;
+    return status;
+}
+
+amber_status amber_session_rewind(amber_session *session, int32_t n, amber_error *err) {
+    if (n < 0 || n > session->n_past)
+        return amber_fail(err, AMBER_ERR_ARGUMENT, "rewind: expected 0..%d, found %d", session->n_past,
+                          n);
+    if (n < session->n_past) session->has_logits = false;
+    session->n_past = n;
+    return AMBER_OK;
+}
+
+/* ---- looking ---- */
+
+const float *amber_session_logits(const amber_session *session) {
+    return session->has_logits ? session->logits : NULL;
+}
+
+int32_t amber_session_length(const amber_session *session) { return session->n_past; }
+
+const int32_t *amber_session_tokens(const amber_session *session) { return session->tokens; }
+
+void amber_session_get_stats(const amber_session *session, amber_session_stats *stats) {
+    amber_session_stats full = session->stats;
+    full.n_ctx = session->batch.n_ctx;
+    full.n_past = session->n_past;
+    full.kv_bytes = session->kv_bytes;
+    full.scratch_bytes = session->scratch_bytes;
+    full.size = stats->size;
+    memcpy(stats, &full, stats->size < sizeof full ? stats->size : sizeof full);
+}
+
+void amber_session_reset_stats(amber_session *session) { session->stats = (amber_session_stats){0}; }

@@ -1,0 +1,112 @@
+/* session.h: what an engine and a session hold, and the seam between session.c (whose turn it is),
+ * forward.c (the model's computation as prose) and ops.c (each step split over the threads). */
+#ifndef AMBER_SESSION_H
+#define AMBER_SESSION_H
+
+#include "model.h"
+
+#include <pthread.h>
+
+struct amber_engine {
+    struct model model;
+    struct amber_kernels kernels;
+    struct amber_pool *pool;
+    amber_tokenizer *tokenizer;
+    pthread_mutex_t lock; /* one computation at a time on the pool */
+    double load_seconds;
+    amber_log_fn log;
+    void *log_user;
+};
+
+/* Rows as the linear layers read them: INT8 with a scale per row, or float32 in float mode. */
+struct activation {
+    int n;              /* row length */
+    struct amber_a8 a8; /* rows of the current batch */
+    float *f32;         /* [rows, n] */
+};
+
+/* One forward pass over `rows` consecutive tokens, and the scratch it works in. All buffers are
+ * sized for the session's n_batch rows when the session is made; nothing is allocated here. */
+struct batch {
+    const struct model *model;
+    const struct amber_kernels *kernels;
+    struct amber_pool *pool;
+
+    int rows, pos0; /* rows at positions pos0 .. pos0 + rows - 1 */
+    int n_ctx, n_batch;
+    float *x;           /* [rows, n_embd] residual stream */
+    float *q, *attn;    /* [rows, n_head * head_dim] */
+    float *k, *v;       /* [rows, n_head_kv * head_dim] */
+    float *gate, *up;   /* [rows, n_ff] */
+    float *cos, *sin;   /* [rows, n_rot / 2] */
+    struct activation in;
+    float *norm_scratch;   /* [threads, widest row] */
+    uint8_t *attn_scratch; /* [threads, kernels->attention_scratch] */
+
+    /* KV cache: per layer [n_head_kv, n_ctx, head_dim], float16, or float32 in float mode. */
+    uint8_t *kv;
+    int64_t kv_layer_bytes; /* of K or of V of one layer: K of layer l is at 2 l, V at 2 l + 1 */
+    bool kv_f32;
+
+    /* Called between layers; non-zero cancels. */
+    int (*tick)(void *user, int layer);
+    void *tick_user;
+
+    float *x_base; /* start of the x buffer: a batch that narrows moves x */
+};
+
+struct amber_session {
+    struct amber_engine *engine;
+    struct batch batch;
+    int32_t *tokens; /* [n_ctx] */
+    int n_past;      /* tokens whose K and V are in the cache */
+    bool has_logits;
+    float *logits; /* [n_vocab] */
+
+    amber_progress_fn progress;
+    void *progress_user;
+    int64_t progress_done, progress_total; /* thousandths of a token */
+
+    void **blocks;
+    int n_blocks;
+    int64_t kv_bytes, scratch_bytes;
+    amber_session_stats stats;
+};
+
+/* ---- session.c ---- */
+
+/* Bytes of a session's cache and buffers; n_ctx and n_batch as in amber_session_options. */
+amber_status session_estimate(const struct shape *s, bool floats, int threads, size_t attn_scratch,
+                              int n_ctx, int n_batch, int64_t *kv_bytes, int64_t *scratch_bytes,
+                              amber_error *err);
+
+/* ---- forward.c ---- */
+
+/* Runs the rows of `tokens` through the model: fills the KV cache for them and writes the logits of
+ * rows first_out..rows-1 to logits [(rows - first_out), n_vocab]; first_out == rows wants none.
+ * AMBER_ERR_CANCELLED where the batch's tick said so; the cache then holds nothing new that counts. */
+amber_status forward(struct batch *b, const int32_t *tokens, int rows, int pos0, int first_out,
+                     float *logits);
+
+/* ---- ops.c: every function is one step over all rows of the batch ---- */
+
+void op_embed(struct batch *b, const int32_t *tokens);
+void op_rope_table(struct batch *b);
+/* in = rmsnorm(x) * weight, ready for the linear layers. */
+void op_norm(struct batch *b, const float *weight);
+/* in = the rows of src [rows, n]. */
+void op_prepare(struct batch *b, const float *src, int n);
+/* in = silu(gate) * up. */
+void op_swiglu(struct batch *b);
+/* y[i] = w[i](in) for n linear layers that share their input. */
+void op_linear(struct batch *b, const struct linear *const w[], float *const y[], int n);
+/* x += w(in). */
+void op_linear_residual(struct batch *b, const struct linear *w);
+/* Rotates q and k, and writes k and v to the cache of layer il. */
+void op_rope_and_store(struct batch *b, int il);
+/* attn = attention of q over the cache of layer il. */
+void op_attention(struct batch *b, int il);
+/* From here on only rows first..rows-1 go on. q and x move along. */
+void op_keep_rows(struct batch *b, int first);
+
+#endif

@@ -1,0 +1,251 @@
+/* attention_body.h: causal attention over the vectors of vec_*.h. The including file defines
+ * NAME(operation).
+ *
+ * A unit is a block of rows of one cache head. All query heads that share the cache head are taken
+ * together: up to QUERIES queries (row, head), row by row. The cache is walked in blocks of KEYS
+ * positions, aligned to absolute positions. A block of keys is turned to float32 [head_dim, KEYS], a
+ * block of values to float32 [KEYS, padded head_dim], once for all queries; then tiles of 6 queries
+ * take scores (a small matrix product), one step of the online softmax (Milakov and Gimelshein,
+ * arXiv 1805.02867) and the weighted sum (a second product).
+ *
+ * A query's result does not depend on the rows it comes with: it meets exactly the blocks in which it
+ * sees a key, in order, each score and each output element is one chain of fused multiply-adds in
+ * the order of head_dim and of positions, and keys that it does not see weigh exactly 0. */
+#include "vec_exp.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+enum {
+    KEYS = 64,
+    TILE_Q = 6,
+    MOST_QUERIES = 128,
+    MOST_OUTPUT = 16384 /* floats of sums of a unit, 64 KB */
+};
+
+/* The scratch. Sizes are the largest: AMBER_ATTENTION_SCRATCH adds them up. */
+struct work {
+    float keys[AMBER_HEAD_MAX * KEYS];   /* [head_dim, KEYS] */
+    float values[KEYS * AMBER_HEAD_MAX]; /* [KEYS, padded] */
+    float queries[MOST_OUTPUT];          /* [queries, head_dim], scaled */
+    float sums[MOST_OUTPUT];             /* [queries, padded] */
+    float scores[TILE_Q * KEYS];
+    float largest[MOST_QUERIES], total[MOST_QUERIES];
+};
+_Static_assert(sizeof(struct work) <= AMBER_ATTENTION_SCRATCH, "attention scratch");
+
+/* How a call is cut: rows of a unit, query heads taken together, padded head_dim. */
+struct cut {
+    int rows, heads, group, padded, blocks;
+};
+
+static struct cut cut_of(const struct amber_attention *a) {
+    struct cut c = {.group = a->n_head / a->n_head_kv};
+    c.padded = (a->head_dim + VL - 1) / VL * VL;
+    int most = MOST_OUTPUT / c.padded < MOST_QUERIES ? MOST_OUTPUT / c.padded : MOST_QUERIES;
+    c.heads = c.group < most ? c.group : most;
+    c.rows = most / c.heads;
+    c.blocks = (a->rows + c.rows - 1) / c.rows;
+    return c;
+}
+
+int NAME(attention_units)(const struct amber_attention *a) {
+    return cut_of(a).blocks * a->n_head_kv;
+}
+
+/* C[rows, vectors * VL] = A[rows, n] * B[n, vectors * VL], or C = C * factor[row] + A * B. */
+static inline __attribute__((always_inline)) void product(float *c, int64_t ldc, const float *a,
+                                                          int64_t lda, const float *b, int64_t ldb,
+                                                          int n, const float *factor,
+                                                          const int rows, const int vectors) {
+    vf acc[TILE_Q][TILE_VECTORS];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            acc[r][v] = factor ? v_mul(v_load(c + r * ldc + v * VL), v_set1(factor[r])) : v_set1(0);
+    for (int k = 0; k < n; k++, a++, b += ldb) {
+        vf bv[TILE_VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) bv[v] = v_load(b + v * VL);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            vf av = v_set1(a[r * lda]);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) acc[r][v] = v_fma(av, bv[v], acc[r][v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) v_store(c + r * ldc + v * VL, acc[r][v]);
+}
+
+#define PRODUCT(rows, vectors)                                                                     \
+    static __attribute__((noinline)) void product_##rows##x##vectors(                              \
+        float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int n,    \
+        const float *factor) {                                                                     \
+        product(c, ldc, a, lda, b, ldb, n, factor, rows, vectors);                                 \
+    }
+#define PRODUCTS(vectors)                                                                          \
+    PRODUCT(1, vectors)                                                                            \
+    PRODUCT(2, vectors)                                                                            \
+    PRODUCT(3, vectors) PRODUCT(4, vectors) PRODUCT(5, vectors) PRODUCT(6, vectors)
+typedef void (*product_fn)(float *, int64_t, const float *, int64_t, const float *, int64_t, int,
+                           const float *);
+#define PRODUCT_FNS(vectors)                                                                       \
+    {product_1x##vectors, product_2x##vectors, product_3x##vectors,                                \
+     product_4x##vectors, product_5x##vectors, product_6x##vectors}
+PRODUCTS(1)
+PRODUCTS(2)
+#if TILE_WIDE
+PRODUCTS(3)
+PRODUCTS(4)
+static const product_fn product_fns[TILE_VECTORS][TILE_Q] = {PRODUCT_FNS(1), PRODUCT_FNS(2),
+                                                             PRODUCT_FNS(3), PRODUCT_FNS(4)};
+#else
+static const product_fn product_fns[TILE_VECTORS][TILE_Q] = {PRODUCT_FNS(1), PRODUCT_FNS(2)};
+#endif
+
+static void multiply(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb,
+                     int n, const float *factor, int rows, int vectors) {
+    for (int v = 0; v < vectors; v += TILE_VECTORS) {
+        int width = vectors - v < TILE_VECTORS ? vectors - v : TILE_VECTORS;
+        product_fns[width - 1][rows - 1](c + v * VL, ldc, a, lda, b + v * VL, ldb, n, factor);
+    }
+}
+
+/* VL floats of the cache at element i, n of them where the head ends. */
+static inline vf cached(const void *cache, bool f32, int64_t i, int n) {
+    if (f32) {
+        const float *p = (const float *)cache + i;
+        return n >= VL ? v_load(p) : v_load_n(p, n);
+    }
+    const uint16_t *p = (const uint16_t *)cache + i;
+    return n >= VL ? v_load_f16(p) : v_load_f16_n(p, n);
+}
+
+/* Positions first..first+n-1 of a head; those up to KEYS become 0. */
+static void load_keys(const struct amber_attention *a, int64_t first, int n, float *keys) {
+    const int d = a->head_dim;
+    for (int j = 0; j < n; j += VL) {
+        for (int i = 0; i < d; i += VL) {
+            vf r[VL];
+#pragma GCC unroll 16
+            for (int l = 0; l < VL; l++)
+                r[l] = j + l < n ? cached(a->k, a->kv_f32, (first + j + l) * d + i, d - i) : v_set1(0);
+            v_transpose(r);
+            int rows = d - i < VL ? d - i : VL;
+            float *to = keys + (int64_t)i * KEYS + j;
+            if (rows == VL) {
+#pragma GCC unroll 16
+                for (int l = 0; l < VL; l++) v_store(to + l * KEYS, r[l]);
+            } else {
+                for (int l = 0; l < rows; l++) v_store(to + l * KEYS, r[l]);
+            }
+        }
+    }
+}
+
+static void load_values(const struct amber_attention *a, int64_t first, int n, int padded,
+                        float *values) {
+    const int d = a->head_dim;
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < d; i += VL)
+            v_store(values + (int64_t)j * padded + i,
+                    cached(a->v, a->kv_f32, (first + j) * d + i, d - i));
+}
+
+/* softcap * tanh(s / softcap) = softcap * (1 - 2 / (exp(2 s / softcap) + 1)). */
+static inline vf capped(vf s, float softcap) {
+    vf e = v_exp(v_mul(s, v_set1(2 / softcap)));
+    vf one = v_set1(1.0f), two = v_set1(2.0f);
+    return v_mul(v_set1(softcap), v_sub(one, v_div(two, v_add(e, one))));
+}
+
+/* Turns a query's scores [KEYS] into weights, of which low..high-1 count. Returns the new maximum. */
+static inline float weigh(float *s, int low, int high, float softcap, float before, float *added) {
+    if (softcap > 0)
+        for (int j = 0; j < KEYS; j += VL) v_store(s + j, capped(v_load(s + j), softcap));
+    for (int j = 0; j < low; j++) s[j] = -INFINITY;
+    for (int j = high; j < KEYS; j++) s[j] = -INFINITY;
+    vf m = v_load(s);
+    for (int j = VL; j < KEYS; j += VL) m = v_max(m, v_load(s + j));
+    float largest = v_largest(m);
+    if (!(largest > before)) largest = before;
+    vf shift = v_set1(largest), sum = v_set1(0);
+    for (int j = 0; j < KEYS; j += VL) {
+        vf e = v_exp(v_sub(v_load(s + j), shift));
+        sum = v_add(sum, e);
+        v_store(s + j, e);
+    }
+    *added = v_sum(sum);
+    return largest;
+}
+
+/* Rows row0..row0+rows-1, query heads head0..head0+heads-1, all of cache head kv_head. */
+static void attend(const struct amber_attention *a, const struct cut *c, int kv_head, int head0,
+                   int heads, int row0, int rows, struct work *w) {
+    const int d = a->head_dim, n_queries = rows * heads, first_pos = a->pos0 + row0;
+    for (int q = 0; q < n_queries; q++) {
+        int64_t at = ((int64_t)(row0 + q / heads) * a->n_head + head0 + q % heads) * d;
+        for (int i = 0; i < d; i++) w->queries[q * d + i] = a->q[at + i] * a->scale;
+        w->largest[q] = -FLT_MAX;
+        w->total[q] = 0;
+    }
+    memset(w->sums, 0, (size_t)n_queries * c->padded * sizeof(float));
+    const int last = first_pos + rows - 1;
+    const int window = a->window <= last ? a->window : 0; /* one that reaches back to 0 is none */
+    int from = window > 0 && first_pos >= window ? first_pos - window + 1 : 0;
+    for (int p0 = from / KEYS * KEYS; p0 <= last; p0 += KEYS) {
+        /* The rows that see a key of p0..p0+KEYS-1. */
+        int begin = p0 > first_pos ? p0 - first_pos : 0, end = rows;
+        if (window > 0 && p0 + KEYS - 1 + window - first_pos < rows)
+            end = p0 + KEYS - 1 + window - first_pos;
+        int n = last - p0 + 1 < KEYS ? last - p0 + 1 : KEYS;
+        int64_t cache_row = (int64_t)kv_head * a->n_ctx + p0;
+        load_keys(a, cache_row, n, w->keys);
+        load_values(a, cache_row, n, c->padded, w->values);
+        for (int q = begin * heads; q < end * heads; q += TILE_Q) {
+            int tile = end * heads - q < TILE_Q ? end * heads - q : TILE_Q;
+            int seen = first_pos + (q + tile - 1) / heads - p0 + 1; /* by the tile's last row */
+            if (seen > KEYS) seen = KEYS;
+            multiply(w->scores, KEYS, w->queries + q * d, d, w->keys, KEYS, d, NULL, tile,
+                     (seen + VL - 1) / VL);
+            float shrink[VL >= 8 ? VL : 8], added[TILE_Q];
+            for (int r = 0; r < tile; r++) {
+                int pos = first_pos + (q + r) / heads;
+                int low = window > 0 ? pos - window + 1 - p0 : 0, high = pos - p0 + 1;
+                float before = w->largest[q + r];
+                w->largest[q + r] = weigh(w->scores + r * KEYS, low, high < KEYS ? high : KEYS,
+                                          a->softcap, before, &added[r]);
+                shrink[r] = before - w->largest[q + r];
+            }
+            for (int r = tile; r < (int)(sizeof shrink / sizeof shrink[0]); r++) shrink[r] = 0;
+            for (int r = 0; r < tile; r += VL) v_store(shrink + r, v_exp(v_load(shrink + r)));
+            for (int r = 0; r < tile; r++)
+                w->total[q + r] = w->total[q + r] * shrink[r] + added[r];
+            multiply(w->sums + (int64_t)q * c->padded, c->padded, w->scores, KEYS, w->values,
+                     c->padded, seen, shrink, tile, c->padded / VL);
+        }
+    }
+    for (int q = 0; q < n_queries; q++) {
+        float *out = a->out + ((int64_t)(row0 + q / heads) * a->n_head + head0 + q % heads) * d;
+        float inverse = 1.0f / w->total[q];
+        for (int i = 0; i < d; i++) out[i] = w->sums[(int64_t)q * c->padded + i] * inverse;
+    }
+}
+
+void NAME(attention)(const struct amber_attention *a, int unit0, int unit1, void *scratch) {
+    const struct cut c = cut_of(a);
+    for (int unit = unit0; unit < unit1; unit++) {
+        /* Cheap first and costly last blocks take turns, so that shares of the units are even. */
+        int kv_head = unit / c.blocks, i = unit % c.blocks;
+        int row0 = (i % 2 ? c.blocks - 1 - i / 2 : i / 2) * c.rows;
+        int rows = a->rows - row0 < c.rows ? a->rows - row0 : c.rows;
+        for (int h = 0; h < c.group; h += c.heads)
+            attend(a, &c, kv_head, kv_head * c.group + h, c.group - h < c.heads ? c.group - h : c.heads,
+                   row0, rows, scratch);
+    }
+}

@@ -1,0 +1,26 @@
+/* peak_neon.c: SDOT: 16 products in one instruction. */
+#if defined(__aarch64__)
+#include "../peaks.h"
+
+#include <arm_neon.h>
+
+static int64_t dot(int64_t steps) {
+    int8x16_t a = vdupq_n_s8(3), b = vdupq_n_s8(5);
+    int32x4_t sum[16];
+    for (int i = 0; i < 16; i++) sum[i] = vdupq_n_s32(0);
+    for (int64_t s = 0; s < steps; s++) {
+        for (int i = 0; i < 16; i++) sum[i] = vdotq_s32(sum[i], a, b);
+        __asm__ volatile("" : "+w"(a), "+w"(b));
+    }
+    for (int i = 0; i < 16; i++) __asm__ volatile("" : : "w"(sum[i]));
+    return steps * 16 * 16 * 2;
+}
+
+static uint64_t read_bytes(const void *p, size_t bytes) {
+    return peak_read_streams(p, bytes);
+}
+
+const struct amber_peak amber_peak_neon = {"neon", dot, read_bytes};
+#else
+typedef int amber_peak_neon_absent;
+#endif

@@ -1,0 +1,19 @@
+/* table_ref.c: the scalar column. */
+#include "ref.h"
+
+bool amber_kernels_ref(struct amber_kernels *k) {
+    *k = (struct amber_kernels){
+        .isa = "ref",
+        .rmsnorm = amber_rmsnorm_ref,
+        .silu_mul = amber_silu_mul_ref,
+        .rope = amber_rope_ref,
+        .f16_from_f32 = amber_f16_from_f32_ref,
+        .quantize_row = amber_quantize_row_ref,
+        .gemm_w8a8 = amber_gemm_w8a8_ref,
+        .gemm_f32 = amber_gemm_f32_ref,
+        .attention_units = amber_attention_units_ref,
+        .attention = amber_attention_ref,
+        .attention_scratch = AMBER_HEAD_MAX * sizeof(double),
+    };
+    return true;
+}

@@ -1,0 +1,511 @@
+"""amber-bench: how fast a model runs on this machine, and how near the machine's limits that is.
+
+stdout carries the results and nothing else. Exit codes: 0 done, 1 failure, 2 usage,
+130 interrupted.
+
+Every configuration (threads, precision, instruction set) runs in a process of its own, so that its
+peak memory is its own, and the configurations take turns within each repetition, so that ratios
+hold on a machine whose speed wanders. Figures are medians over the repetitions.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import itertools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from ._lib import check, ffi, lib
+from .engine import PRECISIONS, Engine, isa_list, memory_estimate
+from .errors import AmberError
+from .models import find_model
+from .session import Session
+
+INTERRUPTED = 130
+KEYS = (
+    "model", "test", "threads", "device", "isa", "precision", "sparse", "tokens_per_second",
+    "stddev", "share_of_peak", "peak_rss_bytes", "load_seconds", "logits_hash", "n_params",
+    "weight_bytes", "repeats", "peak_int8_ops", "peak_read_bytes", "commit", "cpu",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """pp: a prompt of n tokens at once; tg: n tokens one by one; both after `depth` tokens."""
+
+    kind: str  # "pp" | "tg"
+    n: int
+    depth: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.n}" + (f" @ d{self.depth}" if self.depth else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What one process opens."""
+
+    model: str
+    threads: int | None
+    precision: str
+    isa: str | None
+
+
+# ---- work and limits ----
+
+
+def work(job: Job, info: dict[str, Any]) -> float:
+    """What the limit of a job counts, for all its tokens.
+
+    pp: operations of the linear layers, a multiply and its addition counting as two, the output
+    head for the last token alone; attention is not counted. tg: bytes of weights, each once a
+    token, and of the KV cache as it grows.
+    """
+    kv_width = info["n_head_kv"] * info["head_dim"]
+    if job.kind == "pp":
+        attention = info["n_embd"] * 2 * (info["n_head"] * info["head_dim"] + kv_width)
+        layers = info["n_layer"] * (attention + 3 * info["n_embd"] * info["n_ff"])
+        return 2.0 * (layers * job.n + info["n_embd"] * info["n_vocab"])
+    kv_bytes = 2 * info["n_layer"] * kv_width * (4 if info["precision"] == "float" else 2)
+    return job.n * (info["weight_bytes"] + kv_bytes * (job.depth + job.n / 2))
+
+
+@functools.cache
+def peaks(threads: int, isa: str) -> tuple[float, float]:
+    """(INT8 operations per second, bytes read per second) at best: amber_measure_peaks."""
+    ops, read, err = ffi.new("double *"), ffi.new("double *"), ffi.new("amber_error *")
+    check(lib.amber_measure_peaks(threads, isa.encode(), ops, read, err), err)
+    return ops[0], read[0]
+
+
+def share_of_peak(job: Job, info: dict[str, Any], tokens_per_second: float) -> float | None:
+    """Share of the limit that a speed reaches; None for float prefill, which INT8 says nothing
+    about."""
+    if job.kind == "pp" and info["precision"] == "float":
+        return None
+    ops, read = peaks(info["threads"], info["isa"])
+    rate = work(job, info) * tokens_per_second / job.n
+    return rate / (ops if job.kind == "pp" else read)
+
+
+def fnv1a(data: bytes) -> str:
+    """64-bit FNV-1a (Fowler, Noll, Vo) in hexadecimal: a short name for exactly these bytes."""
+    value = 0xCBF29CE484222325
+    for byte in data:
+        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return f"{value:016x}"
+
+
+def sample_tokens(count: int, n_vocab: int, bos: int | None) -> list[int]:
+    """Token ids that stand for a text: spread over the vocabulary, the same on every run."""
+    state, ids = 1, [] if bos is None else [bos]
+    while len(ids) < count:
+        state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+        ids.append((state >> 33) % n_vocab)
+    return ids[:count]
+
+
+# ---- the process that runs one configuration ----
+
+
+class Worker:
+    """Runs jobs on one engine. `serve` answers JSON requests, one a line."""
+
+    def __init__(self, config: Config, jobs: Sequence[Job]) -> None:
+        self.engine = Engine(
+            config.model,
+            n_ctx=1,
+            threads=config.threads,
+            precision=config.precision,
+            isa=config.isa,
+        )
+        most = max(job.depth + job.n for job in jobs) + 1
+        self.tokens = sample_tokens(most, self.engine.info.n_vocab, self.engine.tokenizer.bos)
+        self.sessions: dict[int, Session] = {}
+        self.room = {
+            depth: max(t.depth + t.n for t in jobs if t.depth == depth) + 1
+            for depth in {job.depth for job in jobs}
+        }
+
+    def info(self) -> dict[str, Any]:
+        fields = self.engine.info
+        return {name: getattr(fields, name) for name in fields.__dataclass_fields__}
+
+    def _session(self, depth: int) -> Session:
+        """A session that holds `depth` tokens and no more."""
+        if depth not in self.sessions:
+            self.sessions[depth] = self.engine.session(n_ctx=self.room[depth])
+        session = self.sessions[depth]
+        if len(session) < depth:
+            session.sync(self.tokens[:depth])
+        session.rewind(depth)
+        return session
+
+    def run(self, job: Job, want_hash: bool) -> dict[str, Any]:
+        """Seconds of one run, and on request the hash of its last logits."""
+        session = self._session(job.depth)
+        ids = self.tokens[: job.depth + job.n]
+        if job.kind == "pp":
+            started = perf_counter()
+            session.sync(ids)
+            seconds = perf_counter() - started
+        else:  # by the session's own clock: Python's share of a call is not the model's
+            before = session.stats["decode_seconds"]
+            for token in ids[job.depth :]:
+                session.append(token)
+            seconds = session.stats["decode_seconds"] - before
+        name = fnv1a(bytes(memoryview(session.logits).cast("B"))) if want_hash else None
+        return {"seconds": seconds, "logits_hash": name, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def peak_rss_bytes() -> int:
+    """Most memory that this process has held, the mapped file's pages included."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
+        # Not ru_maxrss: that starts with what the parent held when it forked.
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def serve() -> int:
+    """The child process: requests on stdin, answers on stdout."""
+    worker = None
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                if worker is None:
+                    jobs = [Job(**job) for job in request["jobs"]]
+                    worker = Worker(Config(**request["config"]), jobs)
+                    answer = worker.info()
+                else:
+                    answer = worker.run(Job(**request["job"]), request["want_hash"])
+            except (AmberError, ValueError, OSError, MemoryError) as error:
+                answer = {"error": str(error)}
+            print(json.dumps(answer), flush=True)
+    return 0
+
+
+class Child:
+    """The parent's end of a Worker."""
+
+    def __init__(self, config: Config, jobs: Sequence[Job]) -> None:
+        self.config = config
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "amber.bench", "--serve"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
+        self.info = self._ask({"config": fields, "jobs": [_fields(job) for job in jobs]})
+
+    def run(self, job: Job, want_hash: bool) -> dict[str, Any]:
+        return self._ask({"job": _fields(job), "want_hash": want_hash})
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            raise AmberError(
+                f"{self.config.model}: the measuring process ended with code {code} "
+                "(out of memory?)"
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise AmberError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+def _fields(job: Job) -> dict[str, Any]:
+    return {"kind": job.kind, "n": job.n, "depth": job.depth}
+
+
+# ---- the measurement ----
+
+
+def measure(
+    configs: Sequence[Config], jobs: Sequence[Job], repeats: int, quiet: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Rows with KEYS, one per configuration and job."""
+    children: list[Child] = []
+    try:
+        for config in configs:
+            children.append(Child(config, jobs))
+        for child in children:
+            peaks(child.info["threads"], child.info["isa"])
+        runs: dict[tuple[int, Job], list[dict[str, Any]]] = {
+            (index, job): [] for index in range(len(children)) for job in jobs
+        }
+        with _bar((repeats + 1) * len(runs), quiet) as bar:
+            for repeat in range(repeats + 1):  # the first warms up and names the logits
+                for (index, job), results in runs.items():
+                    bar.set_postfix_str(str(job), refresh=False)
+                    results.append(children[index].run(job, want_hash=repeat == 0))
+                    bar.update()
+        for (index, job), results in runs.items():
+            yield row(children[index], job, results)
+    finally:
+        for child in children:
+            child.close()
+
+
+def row(child: Child, job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    info = child.info
+    rates = [job.n / result["seconds"] for result in results[1:]]
+    speed = statistics.median(rates)
+    ops, read = peaks(info["threads"], info["isa"])
+    values = {
+        "model": child.config.model,
+        "test": str(job),
+        "tokens_per_second": speed,
+        "stddev": statistics.stdev(rates) if len(rates) > 1 else 0.0,
+        "share_of_peak": share_of_peak(job, info, speed),
+        "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
+        "logits_hash": results[0]["logits_hash"],
+        "repeats": len(rates),
+        "peak_int8_ops": ops,
+        "peak_read_bytes": read,
+        "commit": commit(),
+        "cpu": cpu_name(),
+    }
+    return {key: values[key] if key in values else info[key] for key in KEYS}
+
+
+def _bar(total: int, quiet: bool) -> Any:
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0
+    return tqdm(
+        total=total, unit="run", leave=False, file=sys.stderr, dynamic_ncols=True,
+        disable=True if quiet else None,
+    )  # fmt: skip
+
+
+@functools.cache
+def cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from; None for an installed one."""
+    folder, name = os.path.split(os.path.abspath(__file__))
+    git = ["git", "-C", folder]
+    try:
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", name], capture_output=True)
+        if tracked.returncode:
+            return None
+        head = subprocess.run(
+            [*git, "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+    except OSError:
+        return None
+    return head.stdout.strip() or None
+
+
+def check_memory(configs: Sequence[Config], jobs: Sequence[Job]) -> None:
+    """Refuses what would swap: all configurations stay open at once. AmberError tells the sizes."""
+    need = 0
+    for config in configs:
+        for depth in {job.depth for job in jobs}:
+            room = max(t.depth + t.n for t in jobs if t.depth == depth) + 1
+            part = memory_estimate(config.model, n_ctx=room, precision=config.precision)
+            need += part.kv_bytes + part.scratch_bytes
+        need += part.weights_bytes
+    need += part.mapped_bytes
+    available = None
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
+        available = int(re.search(r"MemAvailable:\s+(\d+)", file.read())[1]) * 1024
+    if available is not None and need > available:
+        raise AmberError(
+            f"{len(configs)} configurations need {need / 2**30:.1f} GiB together, "
+            f"{available / 2**30:.1f} GiB are free (measure fewer at once)"
+        )
+
+
+# ---- the command ----
+
+
+class UsageError(Exception):
+    """A command line that cannot be meant."""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        "amber-bench",
+        description="Speed of prefill (pp) and decode (tg). Options that list values with commas "
+        "measure every combination. share_of_peak holds prefill against the INT8 operations and "
+        "decode against the memory reads of this machine, both measured in the same run.",
+        allow_abbrev=False,
+    )
+    top.add_argument("models", nargs="+", metavar="MODEL", help="GGUF files or built-in names")
+    top.add_argument("-p", "--prompt", default="512", metavar="N[,N]", help="pp sizes; 0: no (512)")
+    top.add_argument("-n", "--gen", default="64", metavar="N[,N]", help="tg sizes; 0: no (64)")
+    top.add_argument("-d", "--depth", default="0", metavar="N[,N]", help="tokens before it (0)")
+    top.add_argument("-t", "--threads", metavar="N[,N]", help="threads (physical cores)")
+    top.add_argument("-r", "--repeats", type=int, default=5, help="repetitions (5)")
+    top.add_argument(
+        "--precision", default="int8", metavar="P[,P]", help=f"{', '.join(PRECISIONS)} (int8)"
+    )
+    top.add_argument(
+        "--isa", metavar="I[,I]", help=f"kernel columns of {', '.join(isa_list())} (the first)"
+    )
+    form = top.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object per row")
+    form.add_argument("--csv", action="store_true", help="comma-separated, with a head line")
+    form.add_argument("--md", action="store_true", help="a Markdown table (default)")
+    top.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    return top
+
+
+def integers(name: str, text: str, low: int) -> list[int]:
+    """ "1,2" -> [1, 2], each at least `low`."""
+    values = []
+    for item in text.split(","):
+        if not re.fullmatch(r"\d+", item) or int(item) < low:
+            raise UsageError(f"{name}: expected whole numbers from {low}, found {text!r}")
+        values.append(int(item))
+    return list(dict.fromkeys(values))
+
+
+def plan(args: argparse.Namespace) -> tuple[list[Config], list[Job]]:
+    """What a command line asks for."""
+    depths = integers("-d", args.depth, 0)
+    sizes = [("pp", n) for n in integers("-p", args.prompt, 0)]
+    sizes += [("tg", n) for n in integers("-n", args.gen, 0)]
+    jobs = [Job(kind, n, depth) for depth in depths for kind, n in sizes if n]
+    if not jobs:
+        raise UsageError("nothing to measure: -p and -n are 0")
+    if args.repeats < 1:
+        raise UsageError(f"-r: expected 1 or more, found {args.repeats}")
+    threads = integers("-t", args.threads, 1) if args.threads else [None]
+    precisions = args.precision.split(",")
+    isas = args.isa.split(",") if args.isa else [None]
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise UsageError(
+                f"--precision: expected {' or '.join(PRECISIONS)}, found {precision!r}"
+            )
+    for isa in isas:
+        if isa is not None and isa not in isa_list():
+            raise UsageError(f"--isa: expected one of {', '.join(isa_list())}, found {isa!r}")
+    for model in args.models:
+        find_model(model)
+    configs = [
+        Config(*values) for values in itertools.product(args.models, threads, precisions, isas)
+    ]
+    return configs, jobs
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A table like llama-bench's."""
+    head = ["model", "params", "precision", "isa", "threads", "test", "tok/s", "of peak",
+            "peak RSS", "load s", "logits"]  # fmt: skip
+    table = [head]
+    for r in rows:
+        share = r["share_of_peak"]
+        table.append([
+            os.path.basename(r["model"]),
+            f"{r['n_params'] / 1e6:.1f} M",
+            r["precision"],
+            r["isa"],
+            str(r["threads"]),
+            r["test"],
+            f"{r['tokens_per_second']:.1f} ± {r['stddev']:.1f}",
+            "-" if share is None else f"{100 * share:.0f} %",
+            f"{r['peak_rss_bytes'] / 2**20:.0f} MiB",
+            f"{r['load_seconds']:.2f}",
+            r["logits_hash"][:8],
+        ])  # fmt: skip
+    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+    for number, line in enumerate(table):
+        yield "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        if number == 0:
+            yield "| " + " | ".join("-" * w for w in widths) + " |"
+
+
+def write(rows: Iterator[dict[str, Any]], args: argparse.Namespace) -> None:
+    if args.json:
+        for result in rows:
+            print(json.dumps(result), flush=True)
+    elif args.csv:
+        table = csv.DictWriter(sys.stdout, KEYS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    else:
+        results = list(rows)
+        print("\n".join(markdown(results)))
+        done: set[tuple[int, str]] = set()
+        for r in results:
+            if (r["threads"], r["isa"]) not in done:
+                done.add((r["threads"], r["isa"]))
+                print(
+                    f"\npeak of {r['threads']} threads, {r['isa']}: "
+                    f"{r['peak_int8_ops'] / 1e9:.0f} GOPS int8, "
+                    f"{r['peak_read_bytes'] / 1e9:.1f} GB/s read  ({r['cpu']})",
+                    end="",
+                )
+        print()
+
+
+def run(args: argparse.Namespace) -> int:
+    configs, jobs = plan(args)
+    check_memory(configs, jobs)
+    write(measure(configs, jobs, args.repeats, args.quiet), args)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command amber-bench. Returns its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv == ["--serve"]:  # a child of this command, see Child
+        return serve()
+    try:
+        return run(parser().parse_args(argv))
+    except UsageError as error:
+        print(f"amber-bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (AmberError, OSError, MemoryError) as error:
+        print(f"amber-bench: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

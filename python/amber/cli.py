@@ -1,0 +1,265 @@
+"""amber-run: one answer, or a conversation.
+
+stdout carries the answer and nothing else; talk goes to stderr. Exit codes: 0 done, 1 failure,
+2 usage, 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .engine import PRECISIONS, Engine, isa_list
+from .errors import AmberError
+from .generate import Stream
+from .models import built_in_models
+from .progress import Bars
+from .report import info_lines, model_line, result_json, result_line
+from .sampling import SamplingParams
+
+INTERRUPTED = 130
+
+
+class UsageError(Exception):
+    """A command line that cannot be meant."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Defaults of sampling are those of SamplingParams."""
+    default = SamplingParams()
+    top = argparse.ArgumentParser(
+        "amber-run",
+        usage="amber-run MODEL [-p TEXT | -f FILE | < stdin] [options]",
+        description="Runs a GGUF language model. Without a prompt, on a terminal: a conversation.",
+        epilog=f"Built-in models: {', '.join(built_in_models()) or 'none'}.",
+        allow_abbrev=False,
+    )
+    top.add_argument("positional", nargs="?", metavar="MODEL", help="GGUF file or built-in name")
+    top.add_argument("-m", "--model", help="the same as an option")
+    top.add_argument("--version", action="store_true", help="version and instruction sets")
+    top.add_argument("--list-devices", action="store_true", help="what --device can name")
+
+    prompt = top.add_argument_group("prompt")
+    which = prompt.add_mutually_exclusive_group()
+    which.add_argument("-p", "--prompt", metavar="TEXT", help="one user turn; raw on a base model")
+    which.add_argument("-f", "--file", help="prompt from a file, - for stdin")
+    prompt.add_argument("-sys", "--system", metavar="TEXT", help="system prompt")
+    prompt.add_argument("--raw", action="store_true", help="prompt as it is, without chat template")
+    prompt.add_argument("--chat-template", metavar="FILE", help="Jinja, for the model's own")
+    prompt.add_argument("--dump-tokens", action="store_true", help="print the prompt's tokens only")
+
+    model = top.add_argument_group("model")
+    model.add_argument("-c", "--ctx", type=int, help="context; 0: the model's (min(4096, that))")
+    model.add_argument("-b", "--batch", type=int, help="rows of one prefill batch (512)")
+    model.add_argument("-t", "--threads", type=int, help="threads (physical cores)")
+    model.add_argument("--precision", choices=PRECISIONS, default="int8", help="(int8)")
+    model.add_argument("--device", default="auto", help="auto, cpu (auto)")
+    model.add_argument("--isa", help=f"kernel column of {', '.join(isa_list())} (the first)")
+    model.add_argument("--info", action="store_true", help="describe the model and end")
+
+    sample = top.add_argument_group("sampling")
+    sample.add_argument("-n", "--max-tokens", type=int, help="most tokens (until EOS or context)")
+    sample.add_argument("-s", "--seed", type=int, help="(random, printed)")
+    for flag, name, kind, text in (
+        ("--temp", "temperature", float, "0: greedy"),
+        ("--top-k", "top_k", int, "0: all"),
+        ("--top-p", "top_p", float, "1: all"),
+        ("--min-p", "min_p", float, "0: all"),
+        ("--repeat-penalty", "repeat_penalty", float, "1: none"),
+        ("--frequency-penalty", "frequency_penalty", float, "0: none"),
+        ("--presence-penalty", "presence_penalty", float, "0: none"),
+        ("--repeat-last-n", "penalty_last_n", int, "penalty window; -1: all"),
+    ):
+        value = getattr(default, name)
+        sample.add_argument(
+            flag, dest=name, type=kind, default=value, metavar="X", help=f"{text} ({value:g})"
+        )
+    sample.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end there")
+    sample.add_argument(
+        "--logit-bias", action="append", default=[], metavar="TOKEN=BIAS", help="id or spelling"
+    )
+    sample.add_argument("--ignore-eos", action="store_true", help="go on to -n or the context")
+
+    talk = top.add_argument_group("talk on stderr")
+    talk.add_argument("--json-timings", action="store_true", help="timings as one JSON object")
+    talk.add_argument("-q", "--quiet", action="store_true", help="errors only")
+    talk.add_argument("-v", "--verbose", action="store_true", help="details of loading")
+    return top
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    bias: dict[int | str, float] = {}
+    for item in args.logit_bias:
+        token, _, value = item.rpartition("=")
+        try:
+            bias[int(token) if token.isdecimal() else token] = float(value)
+        except ValueError:
+            raise UsageError(f"--logit-bias {item}: expected TOKEN=NUMBER") from None
+    names = set(SamplingParams.__dataclass_fields__) - {"logit_bias"}
+    chosen = {name: value for name, value in vars(args).items() if name in names}
+    try:
+        return SamplingParams(**chosen, logit_bias=bias)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
+
+
+def read_prompt(args: argparse.Namespace) -> str | None:
+    """The prompt, or None for a conversation. A stdin that is no terminal never starts one."""
+    if args.prompt is not None:
+        return args.prompt
+    piped = args.file == "-" or args.file is None and not sys.stdin.isatty()
+    if args.file is not None and not piped:
+        with open(args.file, encoding="utf-8", errors="replace") as file:
+            return file.read().removesuffix("\n")
+    if piped:
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
+        if not prompt:
+            raise UsageError("no prompt: stdin is empty (give -p TEXT or -f FILE)")
+        return prompt
+    if not sys.stdout.isatty():
+        raise UsageError("no prompt, and no terminal to talk to (give -p TEXT or -f FILE)")
+    return None
+
+
+def log_to_stderr(args: argparse.Namespace):
+    shown = ("error",) if args.quiet else ("error", "warning")
+    if args.verbose:
+        shown += ("info", "debug")
+
+    def log(level: str, text: str) -> None:
+        if level in shown:
+            print(f"amber: {text}", file=sys.stderr)
+
+    return log
+
+
+def say(args: argparse.Namespace, line: str) -> None:
+    if not args.quiet:
+        print(line, file=sys.stderr, flush=True)
+
+
+def write_answer(stream: Stream) -> int:
+    """Prints an answer as it comes, ends its last line. Returns the exit code."""
+    code, last = 0, "\n"
+    try:
+        for chunk in stream:
+            if chunk.text:
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+                last = chunk.text[-1]
+    except KeyboardInterrupt:
+        stream.close()
+        code = INTERRUPTED
+    if last != "\n":
+        print(flush=True)
+    return code
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.version:
+        print(f"amber {__version__}  cpu: {' '.join(isa_list())}")
+        return 0
+    if args.list_devices:
+        print(f"cpu   {' '.join(isa_list())}, {os.cpu_count()} logical processors")
+        return 0
+    if args.model and args.positional:
+        raise UsageError(f"two models: {args.positional} and -m {args.model}")
+    model = args.model or args.positional
+    if not model:
+        raise UsageError('no model; try: amber-run demo -p "Once upon a time"')
+    params = sampling_params(args)
+    prompt = None if args.info else read_prompt(args)
+    template = None
+    if args.chat_template:
+        with open(args.chat_template, encoding="utf-8") as file:
+            template = file.read()
+
+    bars = None if args.quiet else Bars()
+    try:
+        engine = Engine(
+            model,
+            n_ctx=args.ctx,
+            threads=args.threads,
+            precision=args.precision,
+            isa=args.isa,
+            n_batch=args.batch,
+            device=args.device,
+            progress=bars,
+            log=log_to_stderr(args),
+            chat_template=template,
+        )
+        with engine:
+            if args.info:
+                print("\n".join(info_lines(engine)))
+                return 0
+            raw = args.raw or engine.chat_template is None
+            if raw and args.system is not None:
+                raise UsageError("-sys needs a chat template, and this model has none or --raw")
+            if prompt is None:
+                from .repl import Repl
+
+                say(args, model_line(engine))
+                return Repl(engine, params, args.system, raw).run()
+            return answer(args, engine, params, prompt, raw, bars)
+    finally:
+        if bars:
+            bars.close()
+
+
+def answer(
+    args: argparse.Namespace,
+    engine: Engine,
+    params: SamplingParams,
+    prompt: str,
+    raw: bool,
+    bars: Bars | None,
+) -> int:
+    """One prompt, one answer, one exit code."""
+    if not raw:
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        prompt = engine.apply_chat_template([*system, {"role": "user", "content": prompt}])
+    if args.dump_tokens:
+        for token in engine.encode_prompt(prompt):
+            print(f"{token:8d}  {engine.tokenizer.token_text(token)!r}")
+        return 0
+    say(args, model_line(engine))
+    stream = engine.stream(prompt, params)
+    code = write_answer(stream)
+    if bars:
+        bars.close()
+    result = stream.result
+    if args.json_timings:
+        print(json.dumps(result_json(engine, result)), file=sys.stderr)
+    else:
+        seed = "" if args.seed is not None else f"  seed {result.seed}"
+        full = "" if result.finish_reason != "length" or args.max_tokens else "  context full"
+        say(args, f"load {engine.info.load_seconds:.2f} s  {result_line(result)}{full}{seed}")
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command amber-run. Returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    try:
+        return run(parser().parse_args(argv))
+    except UsageError as error:
+        print(f"amber-run: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ValueError as error:  # a value that only the engine or the vocabulary could judge
+        print(f"amber-run: {error}", file=sys.stderr)
+        return 2
+    except (AmberError, OSError, MemoryError) as error:
+        print(f"amber-run: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""A loaded model."""
+
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from time import perf_counter
+from typing import Any
+
+from ._lib import (
+    Callbacks,
+    Handle,
+    Log,
+    Progress,
+    check,
+    encode_text,
+    ffi,
+    lib,
+    new_struct,
+    struct_fields,
+    text,
+)
+from .chat import ChatTemplate
+from .errors import ChatTemplateError, DeviceError
+from .generate import Result, Stream
+from .models import find_model
+from .sampling import SamplingParams
+from .session import Session, check_fits
+from .tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]  # [{"role": "user", "content": "..."}]
+Prompt = str | Messages | Sequence[int]  # raw text | chat | token ids
+PRECISIONS = {"int8": lib.AMBER_PRECISION_INT8, "float": lib.AMBER_PRECISION_FLOAT}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What was loaded, and on what it runs."""
+
+    path: str
+    architecture: str
+    name: str
+    weight_types: str  # of the file, most bytes first
+    precision: str  # "int8" | "float"
+    device: str
+    isa: str  # kernel column in use
+    threads: int
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_ff: int
+    n_vocab: int
+    n_ctx_train: int
+    n_ctx: int
+    n_params: int
+    file_bytes: int
+    weight_bytes: int  # memory for weights beside the mapped file
+    kv_bytes: int
+    scratch_bytes: int
+    load_seconds: float
+    has_chat_template: bool
+    sparse: str = "off"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes that a model and one session would take."""
+
+    weights_bytes: int
+    mapped_bytes: int
+    kv_bytes: int
+    scratch_bytes: int
+    total_bytes: int
+
+
+class Engine:
+    """A model, open for as long as the `with` block or until close().
+
+    path: a GGUF file or a built-in name ("demo").
+    n_ctx: tokens that prompt and answer may have together. None: min(4096, trained); 0: trained.
+    threads: None: $AMBER_THREADS, else the physical cores.
+    precision: "int8", or "float" (float32 throughout: the slow reference).
+    isa: kernel column, see isa_list(). None: $AMBER_ISA, else the best.
+    n_batch: rows of one prefill batch.
+    progress: called as progress(phase, done, total), see amber.Progress; a true result cancels.
+    log: called as log(level, text); None: the logger "amber" of `logging`.
+    device: "auto" or "cpu".
+    chat_template: Jinja text in place of the file's own.
+
+    Errors: ModelNotFoundError, FileFormatError, UnsupportedModelError, OutOfMemoryError,
+    DeviceError, ValueError.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        n_ctx: int | None = None,
+        threads: int | None = None,
+        precision: str = "int8",
+        isa: str | None = None,
+        n_batch: int | None = None,
+        progress: Progress | None = None,
+        log: Log | None = None,
+        device: str = "auto",
+        chat_template: str | None = None,
+    ) -> None:
+        _check_device(device)
+        self.path = find_model(path)
+        callbacks = Callbacks(progress, log)
+        options, keep = _options(precision, threads, isa)
+        options.progress, options.progress_user = lib.amber_py_progress, callbacks.handle
+        options.log, options.log_user = lib.amber_py_log, callbacks.handle
+        out, err = ffi.new("amber_engine **"), ffi.new("amber_error *")
+        status = lib.amber_engine_open(os.fsencode(self.path), options, out, err)
+        del keep
+        # The closure keeps the callbacks for as long as C may call them.
+        self._handle = Handle(out[0], lambda p, _=callbacks: lib.amber_engine_close(p), "engine")
+        try:
+            callbacks.check(status, err)
+        except BaseException:
+            self._handle.free()
+            raise
+        weakref.finalize(self, self._handle.free).atexit = False
+
+        self._progress, self._n_batch = progress, n_batch
+        self.tokenizer = Tokenizer._of_engine(self._handle)
+        self.chat_template = chat_template or self._meta("tokenizer.chat_template")
+        c_info = new_struct("amber_engine_info")
+        with self._handle as pointer:
+            lib.amber_engine_get_info(pointer, c_info)
+        self._n_ctx = c_info.n_ctx_train if n_ctx == 0 else n_ctx
+        # Sessions for generate() and kin, kept for their prefix. They see the engine through a
+        # proxy: a cycle would hold its memory until the collector comes by.
+        self._idle = [Session(weakref.proxy(self), self._n_ctx, n_batch, progress)]
+        stats = self._idle[0].stats
+        facts = struct_fields(c_info) | {
+            "path": self.path,
+            "precision": precision,
+            "device": "cpu",
+            "has_chat_template": self.chat_template is not None,
+            **{name: stats[name] for name in ("n_ctx", "kv_bytes", "scratch_bytes")},
+        }
+        self.info = EngineInfo(**facts)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the model and its sessions, after calls under way in other threads have ended.
+        May be called again."""
+        self._handle.close()
+
+    # ---- answers ----
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        **overrides: Any,
+    ) -> Result | list[Result]:
+        """Answers a prompt, or a list of prompts one after the other.
+
+        prompt: a str is raw text (the model's BOS is added, spellings of special tokens are read);
+            a list of {"role", "content"} is a chat, put into the model's template; a list of int is
+            token ids; a list of any of these but int is a batch and gives a list.
+        params, overrides: SamplingParams, and fields of it by name (max_tokens=64, seed=1).
+
+        Errors: ContextOverflowError where the prompt does not fit; TypeError for an unknown name;
+        KeyboardInterrupt comes through at once, from inside prefill too.
+        """
+        if _is_batch(prompt):
+            return [self.generate(one, params, **overrides) for one in prompt]
+        return self.stream(prompt, params, **overrides).finish()
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **overrides: Any
+    ) -> Stream:
+        """As generate() for one prompt, but an iterator over Chunks; `.result` at its end."""
+        started = perf_counter()
+        params = (params or SamplingParams()).merged(overrides)
+        tokens = self.encode_prompt(prompt)
+        check_fits(tokens, self.info.n_ctx, self.info.kv_bytes)
+        return Stream(self._lease(), tokens, params, started)
+
+    def session(
+        self,
+        n_ctx: int | None = None,
+        n_batch: int | None = None,
+        progress: Progress | None = None,
+    ) -> Session:
+        """A timeline of its own, with this engine's settings where nothing is said."""
+        return Session(
+            self, n_ctx or self._n_ctx, n_batch or self._n_batch, progress or self._progress
+        )
+
+    @contextmanager
+    def _lease(self) -> Iterator[Session]:
+        """A session for one answer: an idle one, a new one where all are at work."""
+        try:
+            session = self._idle.pop()
+        except IndexError:
+            session = Session(weakref.proxy(self), self._n_ctx, self._n_batch, self._progress)
+        try:
+            yield session
+        finally:
+            if self._idle or self._handle.closed:
+                session.close()
+            else:
+                self._idle.append(session)
+
+    # ---- tokens ----
+
+    def tokenize(
+        self, string: str, add_special: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        """Token ids of a text, see Tokenizer.encode."""
+        return self.tokenizer.encode(string, add_special, parse_special)
+
+    def detokenize(self, ids: Sequence[int], keep_special: bool = False) -> str:
+        """Text of some tokens, see Tokenizer.decode."""
+        return self.tokenizer.decode(ids, keep_special)
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of one prompt as generate() takes it."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_prompt(prompt)
+        if _is_batch(prompt):
+            raise TypeError("prompt: expected one prompt, found a list of them")
+        if prompt and isinstance(prompt[0], Mapping):
+            return self.tokenizer.encode_prompt(self.apply_chat_template(prompt))
+        return list(prompt)
+
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text that the model's chat template makes of messages; generate() takes it as it is.
+
+        variables go to the template (enable_thinking=False). Errors: ChatTemplateError.
+        """
+        if self.chat_template is None:
+            raise ChatTemplateError(
+                "this model has no chat template: give the prompt as one str, or a chat_template"
+            )
+        special = {
+            name: "" if token is None else self.tokenizer.token_text(token)
+            for name, token in (
+                ("bos_token", self.tokenizer.bos),
+                ("eos_token", self.tokenizer.eos),
+            )
+        }
+        return ChatTemplate(self.chat_template).render(
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            **special,
+            **variables,
+        )
+
+    def logits(self, prompt: Prompt, all: bool = False) -> Any:
+        """float32 logits [n_vocab] after the last token of a prompt; with all, [n, n_vocab] after
+        every token. A numpy array, a memoryview where numpy is missing."""
+        tokens = self.encode_prompt(prompt)
+        with self._lease() as session:
+            if all:
+                return session.score(tokens)
+            session.sync(tokens)
+            return session.logits
+
+    # ---- the file ----
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """All keys of the file with their values as text; arrays as "[type x count]"."""
+        keys: list[str] = []
+        with self._handle as pointer:
+            while (key := _grow(lib.amber_engine_meta_key, pointer, len(keys))) is not None:
+                keys.append(key)
+        return {key: self._meta(key) or "" for key in keys}
+
+    def _meta(self, key: str) -> str | None:
+        with self._handle as pointer:
+            return _grow(lib.amber_engine_meta, pointer, encode_text(key))
+
+
+def memory_estimate(
+    path: str | os.PathLike,
+    *,
+    n_ctx: int | None = None,
+    n_batch: int | None = None,
+    precision: str = "int8",
+) -> MemoryEstimate:
+    """What a model would take, from the head of its file. Errors: as Engine."""
+    options, _keep = _options(precision, None, None)
+    memory, err = new_struct("amber_memory"), ffi.new("amber_error *")
+    raw = os.fsencode(find_model(path))
+    check(lib.amber_memory_estimate(raw, options, n_ctx or 0, n_batch or 0, memory, err), err)
+    return MemoryEstimate(**struct_fields(memory))
+
+
+def isa_list() -> list[str]:
+    """Kernel columns that this CPU can run, best first."""
+    return text(lib.amber_isa_list()).split()
+
+
+def _options(precision: str, threads: int | None, isa: str | None) -> tuple[Any, Any]:
+    """(amber_engine_options, what must outlive it)."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected {' or '.join(PRECISIONS)}, found {precision!r}")
+    options = new_struct("amber_engine_options", lib.amber_engine_options_defaults)
+    options.precision, options.threads = PRECISIONS[precision], threads or 0
+    c_isa = ffi.new("char[]", isa.encode()) if isa else ffi.NULL
+    options.isa = c_isa
+    return options, c_isa
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda":
+        raise DeviceError("device cuda: this build has no CUDA device (use device='cpu')")
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"device: expected auto, cpu or cuda, found {device!r}")
+
+
+def _is_batch(prompt: Any) -> bool:
+    """Whether this is a list of prompts, not one. TypeError where it is neither."""
+    if isinstance(prompt, str):
+        return False
+    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+        kinds = {_kind(item) for item in prompt}
+        if len(kinds) <= 1 and None not in kinds:
+            return kinds not in ({"message"}, {"token"})
+    raise TypeError("prompt: expected a str, messages (dicts), token ids (ints), or a list of such")
+
+
+def _kind(item: Any) -> str | None:
+    if isinstance(item, Mapping):
+        return "message"
+    if hasattr(item, "__index__"):
+        return "token"
+    return "prompt" if isinstance(item, Sequence) else None
+
+
+def _grow(function: Any, *args: Any) -> str | None:
+    """A text from a C function that returns its full length, or -1."""
+    cap = 256
+    while True:
+        out = ffi.new("char[]", cap)
+        length = function(*args, out, cap)
+        if length < 0:
+            return None
+        if length < cap:
+            return text(out)
+        cap = length + 1
