@@ -32,13 +32,12 @@
 extern "C" {
 #endif
 
-#if defined(_WIN32)
-#define AMBER_API __declspec(dllexport)
-#else
-#define AMBER_API __attribute__((visibility("default")))
-#endif
-
 #define AMBER_VERSION "0.1.0"
+
+/* The library hides everything but this interface. */
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
 
 /* The part between the two cffi markers is read by the Python binding's build as it stands. */
 /* cffi: begin */
@@ -90,6 +89,12 @@ typedef struct amber_engine_options {
     void *progress_user;
     amber_log_fn log;
     void *log_user;
+    /* Which projections run N:M activation-sparse in prefill: NULL or "off", a pattern such as "8:16"
+     * with an optional "/criterion", "/mitigation", "@projections" and "#layers", or several rules
+     * separated by ';' ("8:16/amber@q,gate#0-18; 12:16x4t2@down"). A pattern alone follows the policy
+     * of Amber Pruner: down, q and gate. Decode is always dense. */
+    const char *sparse;
+    int32_t sparse_first_n; /* the first tokens of a session that stay dense */
 } amber_engine_options;
 
 typedef struct amber_engine_info {
@@ -105,6 +110,8 @@ typedef struct amber_engine_info {
     int64_t file_bytes;
     int64_t weight_bytes; /* memory held for weights beside the mapping */
     double load_seconds;
+    char sparse[96]; /* what runs sparse in prefill, or "off" */
+    double coverage; /* share of the layers' multiplications that have a sparse operand */
 } amber_engine_info;
 
 typedef struct amber_memory {
@@ -190,7 +197,7 @@ void amber_session_free(amber_session *session);
  * other failure it is unchanged. n must be at least 1. */
 amber_status amber_session_sync(amber_session *session, const int32_t *tokens, int32_t n,
                                 amber_error *err);
-/* Adds one token: a decode step. */
+/* Adds one token: a decode step, dense whatever the plan. */
 amber_status amber_session_append(amber_session *session, int32_t token, amber_error *err);
 /* As sync from an empty session, and writes the logits of positions first..n-1 to
  * out [(n - first), n_vocab] float32. Used to measure quality. */
@@ -276,6 +283,10 @@ amber_status amber_measure_peaks(int32_t threads, const char *isa, double *int8_
                                  double *read_bytes_per_second, amber_error *err);
 
 /* cffi: end */
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
 
 #define AMBER_SEED_RANDOM UINT64_MAX
 

@@ -40,6 +40,9 @@ static amber_status resolve_options(const amber_engine_options *options, amber_e
     if (o->precision != AMBER_PRECISION_INT8 && o->precision != AMBER_PRECISION_FLOAT)
         return amber_fail(err, AMBER_ERR_ARGUMENT, "precision: expected 0 (int8) or 1 (float), found %d",
                           o->precision);
+    if (o->sparse_first_n < 0)
+        return amber_fail(err, AMBER_ERR_ARGUMENT, "sparse_first_n: expected >= 0, found %d",
+                          o->sparse_first_n);
     if (!o->isa) o->isa = getenv("AMBER_ISA");
     if (o->isa && !*o->isa) o->isa = NULL;
     return AMBER_OK;
@@ -62,8 +65,7 @@ static amber_status open_parts(amber_engine *engine, const char *path, const amb
         gguf_close(file);
         return status;
     }
-    status = model_load(file, o->precision == AMBER_PRECISION_FLOAT, engine->pool, o->progress,
-                        o->progress_user, &engine->model, err);
+    status = model_load(file, o, engine->pool, &engine->model, err);
     if (status != AMBER_OK) return status;
 
     int n_tokens = amber_tokenizer_size(engine->tokenizer), n_rows = engine->model.shape.n_vocab;
@@ -166,7 +168,9 @@ void amber_engine_get_info(const amber_engine *engine, amber_engine_info *info) 
         .file_bytes = (int64_t)m->file->size,
         .weight_bytes = m->weight_bytes,
         .load_seconds = engine->load_seconds,
+        .coverage = m->coverage,
     };
+    plan_describe(&m->plan, full.sparse, sizeof full.sparse);
     snprintf(full.architecture, sizeof full.architecture, "%s", s->arch->name);
     snprintf(full.isa, sizeof full.isa, "%s", engine->kernels.isa);
     if (amber_engine_meta(engine, "general.name", full.name, sizeof full.name) < 0)
@@ -199,11 +203,16 @@ amber_status amber_memory_estimate(const char *path, const amber_engine_options 
 
     bool floats = o.precision == AMBER_PRECISION_FLOAT;
     struct shape shape;
+    struct plan plan = {0};
     amber_memory full = {.size = memory->size};
     status = model_estimate(file, floats, &shape, &full.weights_bytes, &full.mapped_bytes, err);
     if (status == AMBER_OK)
-        status = session_estimate(&shape, floats, o.threads, kernels.attention_scratch, n_ctx, n_batch,
-                                  &full.kv_bytes, &full.scratch_bytes, err);
+        status = plan_parse(
+            o.sparse, &(struct plan_model){shape.n_layer, shape.n_embd, shape.n_ff}, &plan, err);
+    if (status == AMBER_OK)
+        status = session_estimate(&shape, floats, &plan, o.threads, kernels.attention_scratch, n_ctx,
+                                  n_batch, &full.kv_bytes, &full.scratch_bytes, err);
+    plan_free(&plan);
     free(shape.rope_freq);
     gguf_close(file);
     if (status != AMBER_OK) return status;

@@ -8,19 +8,21 @@
  * first_out.. only: of the others nobody reads more than their keys and values. */
 static void layer(struct batch *b, int il, int first_out) {
     const struct layer *w = &b->model->layers[il];
+    const struct linear *qkv[] = {&w->q, &w->k, &w->v};
+    const struct linear *gate_up[] = {&w->gate, &w->up};
 
-    op_norm(b, w->attn_norm);
-    op_linear(b, (const struct linear *[]){&w->q, &w->k, &w->v}, (float *[]){b->q, b->k, b->v}, 3);
+    op_norm(b, w->attn_norm, qkv, 3);
+    op_linear(b, qkv, (float *[]){b->q, b->k, b->v}, 3);
     op_rope_and_store(b, il);
     if (il == b->model->shape.n_layer - 1) op_keep_rows(b, first_out);
     if (b->rows == 0) return;
     op_attention(b, il);
-    op_prepare(b, b->attn, w->o.n_in);
+    op_prepare(b, b->attn, &w->o);
     op_linear_residual(b, &w->o);
 
-    op_norm(b, w->ffn_norm);
-    op_linear(b, (const struct linear *[]){&w->gate, &w->up}, (float *[]){b->gate, b->up}, 2);
-    op_swiglu(b);
+    op_norm(b, w->ffn_norm, gate_up, 2);
+    op_linear(b, gate_up, (float *[]){b->gate, b->up}, 2);
+    op_swiglu(b, &w->down);
     op_linear_residual(b, &w->down);
 }
 
@@ -31,13 +33,18 @@ amber_status forward(struct batch *b, const int32_t *tokens, int rows, int pos0,
     b->x = b->x_base;
     op_embed(b, tokens);
     op_rope_table(b);
+    /* A pair of positions (2i, 2i + 1) may share a pruning mask: the last layer keeps it together. */
+    int pair = first_out < rows ? (pos0 + first_out) % 2 : 0;
+    if (pair > first_out) pair = 0;
     for (int il = 0; il < b->model->shape.n_layer; il++) {
         if (b->tick && b->tick(b->tick_user, il)) return AMBER_ERR_CANCELLED;
-        layer(b, il, first_out);
+        layer(b, il, first_out - pair);
     }
+    op_keep_rows(b, pair);
     if (b->rows > 0) {
-        op_norm(b, b->model->output_norm);
-        op_linear(b, (const struct linear *[]){&b->model->output}, (float *[]){logits}, 1);
+        const struct linear *head[] = {&b->model->output};
+        op_norm(b, b->model->output_norm, head, 1);
+        op_linear(b, head, &logits, 1);
     }
     return AMBER_OK;
 }

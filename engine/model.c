@@ -5,6 +5,7 @@
  * given back tensor by tensor, so the peak is one INT8 model and no second full copy. */
 #include "model.h"
 #include "dequant.h"
+#include "score.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -29,18 +30,16 @@ struct projection {
     size_t offset;
 };
 
-#define N_PROJECTIONS 7
-
-static void projections(const struct shape *s, struct projection p[N_PROJECTIONS]) {
+static void projections(const struct shape *s, struct projection p[N_PROJ]) {
     int q = s->n_head * s->head_dim, kv = s->n_head_kv * s->head_dim;
-    const struct projection table[N_PROJECTIONS] = {
-        {"attn_q", q, s->n_embd, offsetof(struct layer, q)},
-        {"attn_k", kv, s->n_embd, offsetof(struct layer, k)},
-        {"attn_v", kv, s->n_embd, offsetof(struct layer, v)},
-        {"attn_output", s->n_embd, q, offsetof(struct layer, o)},
-        {"ffn_gate", s->n_ff, s->n_embd, offsetof(struct layer, gate)},
-        {"ffn_up", s->n_ff, s->n_embd, offsetof(struct layer, up)},
-        {"ffn_down", s->n_embd, s->n_ff, offsetof(struct layer, down)},
+    const struct projection table[N_PROJ] = {
+        [PROJ_Q] = {"attn_q", q, s->n_embd, offsetof(struct layer, q)},
+        [PROJ_K] = {"attn_k", kv, s->n_embd, offsetof(struct layer, k)},
+        [PROJ_V] = {"attn_v", kv, s->n_embd, offsetof(struct layer, v)},
+        [PROJ_O] = {"attn_output", s->n_embd, q, offsetof(struct layer, o)},
+        [PROJ_GATE] = {"ffn_gate", s->n_ff, s->n_embd, offsetof(struct layer, gate)},
+        [PROJ_UP] = {"ffn_up", s->n_ff, s->n_embd, offsetof(struct layer, up)},
+        [PROJ_DOWN] = {"ffn_down", s->n_embd, s->n_ff, offsetof(struct layer, down)},
     };
     memcpy(p, table, sizeof table);
 }
@@ -158,7 +157,8 @@ static amber_status load_linear(struct loader *ld, const struct gguf_tensor *t, 
         int64_t scratch = (int64_t)amber_pool_threads(ld->pool) * AMBER_PANEL * n_in;
         c.panel = amber_alloc((size_t)scratch * sizeof(float));
         if (!c.panel) return no_memory(ld, name, scratch * (int64_t)sizeof(float));
-        out->w8 = (struct amber_w8){c.q, c.scale, NULL, n_out, n_in, c.k_pad};
+        out->w8 = (struct amber_w8){
+            .q = c.q, .scale = c.scale, .n_out = n_out, .n_in = n_in, .k_pad = c.k_pad};
     }
     amber_pool_run(ld->pool, convert_work, &c);
     amber_free(c.panel);
@@ -180,13 +180,43 @@ static amber_status load_vector(struct loader *ld, const char *name, int n, cons
     return report(ld, t);
 }
 
-static amber_status load_projection(struct loader *ld, int il, const struct projection *p) {
+/* Sums of the quantized rows, for what a shift adds back: W 1. */
+static const float *weight_sums(struct loader *ld, const struct linear *w) {
+    int outputs = n_panels(w->n_out) * AMBER_PANEL, groups = w->w8.k_pad / 4;
+    float *sums = keep(ld->m, sizeof *sums * (size_t)outputs);
+    for (int o = 0; sums && o < outputs; o++) {
+        const uint8_t *lane = w->w8.q + (int64_t)(o / AMBER_PANEL) * groups * AMBER_PANEL * 4 +
+                              o % AMBER_PANEL * 4;
+        int64_t sum = 0;
+        for (int g = 0; g < groups; g++, lane += AMBER_PANEL * 4)
+            for (int i = 0; i < 4; i++) sum += lane[i] - 128;
+        sums[o] = (float)sum * w->w8.scale[o];
+    }
+    return sums;
+}
+
+static amber_status prepare_rule(struct loader *ld, const struct gguf_tensor *t, const char *name,
+                                 const struct rule *rule, struct linear *out) {
+    if (!rule_is_sparse(rule)) return AMBER_OK;
+    out->rule = rule;
+    if (rule->shift != SHIFT_NONE && !out->f32 && !(out->w8.sum = weight_sums(ld, out)))
+        return no_memory(ld, name, out->n_out * (int64_t)sizeof(float));
+    if (rule->criterion == CRITERION_ACT) return AMBER_OK;
+    float *score = keep(ld->m, sizeof *score * (size_t)out->n_in);
+    if (!score) return no_memory(ld, name, out->n_in * (int64_t)sizeof *score);
+    out->score = score;
+    return score_channels(t, out->n_out, out->n_in, rule->criterion, ld->pool, score, ld->err);
+}
+
+static amber_status load_projection(struct loader *ld, int il, int id, const struct projection *p) {
     struct linear *out = (struct linear *)((char *)&ld->m->layers[il] + p->offset);
     char name[64];
     snprintf(name, sizeof name, "blk.%d.%s.weight", il, p->name);
     const struct gguf_tensor *t = NULL;
     amber_status status = find_weight(ld->m->file, name, p->n_out, p->n_in, &t, ld->err);
     if (status == AMBER_OK) status = load_linear(ld, t, name, p->n_out, p->n_in, out);
+    if (status == AMBER_OK)
+        status = prepare_rule(ld, t, name, plan_rule(&ld->m->plan, il, id), out);
     if (status != AMBER_OK) return status;
 
     snprintf(name, sizeof name, "blk.%d.%s.bias", il, p->name);
@@ -206,17 +236,35 @@ static amber_status load_layer(struct loader *ld, int il) {
     snprintf(name, sizeof name, "blk.%d.ffn_norm.weight", il);
     if (status == AMBER_OK) status = load_vector(ld, name, n_embd, &layer->ffn_norm);
 
-    struct projection p[N_PROJECTIONS];
+    struct projection p[N_PROJ];
     projections(&ld->m->shape, p);
-    for (int i = 0; i < N_PROJECTIONS && status == AMBER_OK; i++)
-        status = load_projection(ld, il, &p[i]);
+    for (int i = 0; i < N_PROJ && status == AMBER_OK; i++) status = load_projection(ld, il, i, &p[i]);
     return status;
 }
 
-static amber_status load_all(struct loader *ld) {
+/* Coverage as arXiv 2508.02128 counts it: multiplications of the layers' linear projections whose
+ * input is sparse, over all of them. */
+static double plan_coverage(const struct plan *plan, const struct shape *s) {
+    struct projection p[N_PROJ];
+    projections(s, p);
+    double sparse = 0, total = 0;
+    for (int il = 0; il < s->n_layer; il++) {
+        for (int i = 0; i < N_PROJ; i++) {
+            double work = (double)p[i].n_out * p[i].n_in;
+            total += work;
+            if (rule_is_sparse(plan_rule(plan, il, i))) sparse += work;
+        }
+    }
+    return sparse / total;
+}
+
+static amber_status load_all(struct loader *ld, const char *sparse) {
     struct model *m = ld->m;
     struct shape *s = &m->shape;
     amber_status status = arch_read_shape(m->file, s, ld->err);
+    if (status != AMBER_OK) return status;
+    status = plan_parse(sparse, &(struct plan_model){s->n_layer, s->n_embd, s->n_ff}, &m->plan, ld->err);
+    m->coverage = status == AMBER_OK ? plan_coverage(&m->plan, s) : 0;
     if (status == AMBER_OK)
         status = find_weight(m->file, "token_embd.weight", s->n_vocab, s->n_embd, &m->embedding,
                              ld->err);
@@ -239,12 +287,17 @@ static amber_status load_all(struct loader *ld) {
     return load_linear(ld, head, "output.weight", s->n_vocab, s->n_embd, &m->output);
 }
 
-amber_status model_load(struct gguf_file *file, bool float_weights, struct amber_pool *pool,
-                        amber_progress_fn progress, void *progress_user, struct model *m,
-                        amber_error *err) {
-    *m = (struct model){.file = file, .float_weights = float_weights};
-    struct loader ld = {.m = m, .pool = pool, .progress = progress, .user = progress_user, .err = err};
-    amber_status status = load_all(&ld);
+amber_status model_load(struct gguf_file *file, const amber_engine_options *options,
+                        struct amber_pool *pool, struct model *m, amber_error *err) {
+    *m = (struct model){.file = file,
+                        .float_weights = options->precision == AMBER_PRECISION_FLOAT,
+                        .sparse_first_n = options->sparse_first_n};
+    struct loader ld = {.m = m,
+                        .pool = pool,
+                        .progress = options->progress,
+                        .user = options->progress_user,
+                        .err = err};
+    amber_status status = load_all(&ld, options->sparse);
     if (status != AMBER_OK) model_free(m);
     return status;
 }
@@ -253,6 +306,7 @@ void model_free(struct model *m) {
     for (int i = 0; i < m->n_blocks; i++) amber_free(m->blocks[i]);
     free(m->blocks);
     free(m->layers);
+    plan_free(&m->plan);
     free(m->shape.rope_freq);
     gguf_close(m->file);
     *m = (struct model){0};
@@ -262,10 +316,10 @@ amber_status model_estimate(const struct gguf_file *file, bool float_weights, st
                             int64_t *weight_bytes, int64_t *mapped_bytes, amber_error *err) {
     amber_status status = arch_read_shape(file, s, err);
     if (status != AMBER_OK) return status;
-    struct projection p[N_PROJECTIONS];
+    struct projection p[N_PROJ];
     projections(s, p);
     int64_t layer = 2 * (int64_t)s->n_embd * (int64_t)sizeof(float);
-    for (int i = 0; i < N_PROJECTIONS; i++) layer += linear_bytes(p[i].n_out, p[i].n_in, float_weights);
+    for (int i = 0; i < N_PROJ; i++) layer += linear_bytes(p[i].n_out, p[i].n_in, float_weights);
     *weight_bytes = layer * s->n_layer + linear_bytes(s->n_vocab, s->n_embd, float_weights) +
                     s->n_embd * (int64_t)sizeof(float);
     *mapped_bytes = (int64_t)gguf_find_tensor(file, "token_embd.weight")->size;

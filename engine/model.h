@@ -5,6 +5,7 @@
 
 #include "gguf.h"
 #include "kernels.h"
+#include "plan.h"
 #include "threads.h"
 
 /* One row per architecture: what makes it differ from the others, as data. */
@@ -27,8 +28,10 @@ struct shape {
 /* y = x W^T + bias. Exactly one of w8.q and f32 is set, by the engine's precision. */
 struct linear {
     struct amber_w8 w8;
-    const float *f32;  /* [n_out, n_in] */
-    const float *bias; /* [n_out] padded to whole panels, or NULL */
+    const float *f32;        /* [n_out, n_in] */
+    const float *bias;       /* [n_out] padded to whole panels, or NULL */
+    const struct rule *rule; /* how its input is pruned in prefill; NULL: not at all */
+    const float *score;      /* [n_in] channel factors of the rule's criterion, or NULL */
     int n_out, n_in;
 };
 
@@ -44,6 +47,9 @@ struct model {
     const float *output_norm;            /* [n_embd] */
     struct linear output;                /* [n_vocab, n_embd]; a tied head is converted as well */
     struct layer *layers;                /* [n_layer] */
+    struct plan plan;
+    int sparse_first_n; /* leading tokens that stay dense */
+    double coverage;    /* share of the layers' multiplications with a sparse operand */
     bool float_weights;
     int64_t n_params, weight_bytes;
     void **blocks; /* every allocation of the weights, for free */
@@ -55,10 +61,9 @@ amber_status arch_read_shape(const struct gguf_file *file, struct shape *shape, 
 /* Names of the supported architectures, separated by spaces. */
 const char *arch_list(void);
 
-/* Takes the file over (model_free closes it), also when it fails. */
-amber_status model_load(struct gguf_file *file, bool float_weights, struct amber_pool *pool,
-                        amber_progress_fn progress, void *progress_user, struct model *model,
-                        amber_error *err);
+/* Takes the file over (model_free closes it), also when it fails. options are resolved ones. */
+amber_status model_load(struct gguf_file *file, const amber_engine_options *options,
+                        struct amber_pool *pool, struct model *model, amber_error *err);
 void model_free(struct model *model);
 /* Bytes that model_load would hold for this file, without converting anything. */
 amber_status model_estimate(const struct gguf_file *file, bool float_weights, struct shape *shape,

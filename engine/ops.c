@@ -19,30 +19,13 @@ static float *q_row(const struct batch *b, float *base, int r) {
     return base + (int64_t)r * s->n_head * s->head_dim;
 }
 
-/* ---- entering the linear layers ---- */
-
-static void set_input_width(struct batch *b, int n) {
-    b->in.n = n;
-    b->in.a8.k_pad = (int)amber_round_up(n, AMBER_K_ALIGN);
-    /* Rows a multiple of 1 KiB apart would fall into the same few cache sets. */
-    b->in.a8.stride = b->in.a8.k_pad + (b->in.a8.k_pad % 1024 == 0 ? AMBER_K_ALIGN : 0);
-    b->in.a8.rows = b->rows;
-}
-
-static void quantize_row(struct batch *b, int r, const float *src) {
-    struct amber_a8 *a = &b->in.a8;
-    b->kernels->quantize_row(a->q + r * a->stride, &a->scale[r], &a->sum[r], src, b->in.n, a->k_pad);
-}
-
-struct rows_job {
+struct embed_job {
     struct batch *b;
-    const float *src;    /* [rows, n] */
-    const float *weight; /* norm gains */
     const int32_t *tokens;
 };
 
 static void embed_work(void *ctx, int ith, int nth) {
-    const struct rows_job *job = ctx;
+    const struct embed_job *job = ctx;
     int begin, end, n = job->b->model->shape.n_embd;
     amber_split(job->b->rows, 1, ith, nth, &begin, &end);
     for (int r = begin; r < end; r++)
@@ -50,66 +33,208 @@ static void embed_work(void *ctx, int ith, int nth) {
 }
 
 void op_embed(struct batch *b, const int32_t *tokens) {
-    struct rows_job job = {.b = b, .tokens = tokens};
-    run_rows(b, embed_work, &job);
+    run_rows(b, embed_work, &(struct embed_job){b, tokens});
 }
 
-static void norm_work(void *ctx, int ith, int nth) {
-    const struct rows_job *job = ctx;
-    struct batch *b = job->b;
-    int begin, end, n = b->in.n;
-    amber_split(b->rows, 1, ith, nth, &begin, &end);
-    float *scratch = b->norm_scratch + (int64_t)ith * n;
-    for (int r = begin; r < end; r++) {
-        float *y = b->in.f32 ? b->in.f32 + (int64_t)r * n : scratch;
-        b->kernels->rmsnorm(y, b->x + (int64_t)r * n, job->weight, n, b->model->shape.norm_eps);
-        if (!b->in.f32) quantize_row(b, r, y);
+/* ---- the inputs of the linear layers ---- */
+
+/* Two projections can read one pruned input where their rules and channel scores agree. */
+static bool same_input(const struct linear *a, const struct linear *b) {
+    if (!a || !b) return a == b;
+    return a->score == b->score && rule_equal(a->rule, b->rule);
+}
+
+/* The projection whose rule prunes w's input in this batch; NULL: none does. */
+static const struct linear *pruned_for(const struct batch *b, const struct linear *w) {
+    return b->sparse && w->rule ? w : NULL;
+}
+
+static const struct activation *input_of(const struct batch *b, const struct linear *w) {
+    const struct linear *of = pruned_for(b, w);
+    int i = 0;
+    while (!same_input(b->in[i].of, of)) i++;
+    return &b->in[i];
+}
+
+static void choose_inputs(struct batch *b, const struct linear *const w[], int n) {
+    b->n_in = w[0]->n_in;
+    b->n_inputs = 0;
+    for (int i = 0; i < n; i++) {
+        const struct linear *of = pruned_for(b, w[i]);
+        int j = 0;
+        while (j < b->n_inputs && !same_input(b->in[j].of, of)) j++;
+        if (j < b->n_inputs) continue;
+        struct activation *in = &b->in[b->n_inputs++];
+        in->of = of;
+        in->a8.k_pad = (int)amber_round_up(b->n_in, AMBER_K_ALIGN);
+        in->a8.stride = amber_a8_stride(in->a8.k_pad);
+        in->a8.rows = b->rows;
+        in->a8.shift = of && of->rule->shift != SHIFT_NONE ? in->shift : NULL;
     }
 }
 
-void op_norm(struct batch *b, const float *weight) {
-    set_input_width(b, b->model->shape.n_embd);
-    struct rows_job job = {.b = b, .weight = weight};
-    run_rows(b, norm_work, &job);
+int plan_inputs(const struct plan *plan) {
+    static const int groups[][4] = {{PROJ_Q, PROJ_K, PROJ_V, -1}, {PROJ_GATE, PROJ_UP, -1}};
+    int most = 1;
+    for (int il = 0; il < plan->n_layer; il++) {
+        for (int g = 0; g < 2; g++) {
+            int sparse = 0, dense = 0;
+            for (int i = 0; groups[g][i] >= 0; i++) {
+                if (rule_is_sparse(plan_rule(plan, il, groups[g][i])))
+                    sparse++;
+                else
+                    dense = 1;
+            }
+            most = amber_max(most, sparse + dense);
+        }
+    }
+    return most;
 }
 
-static void prepare_work(void *ctx, int ith, int nth) {
-    const struct rows_job *job = ctx;
-    struct batch *b = job->b;
-    int begin, end, n = b->in.n;
-    amber_split(b->rows, 1, ith, nth, &begin, &end);
-    for (int r = begin; r < end; r++) {
-        const float *src = job->src + (int64_t)r * n;
-        if (b->in.f32)
-            memcpy(b->in.f32 + (int64_t)r * n, src, sizeof(float) * (size_t)n);
+/* Lower median of z [n] by quickselect; work [n] is overwritten. */
+static float median(const float *z, float *work, int n) {
+    memcpy(work, z, sizeof *z * (size_t)n);
+    int k = (n - 1) / 2, low = 0, high = n - 1;
+    while (low < high) {
+        float pivot = work[low + (high - low) / 2];
+        int i = low, j = high;
+        while (i <= j) {
+            while (work[i] < pivot) i++;
+            while (work[j] > pivot) j--;
+            if (i > j) break;
+            float t = work[i];
+            work[i++] = work[j];
+            work[j--] = t;
+        }
+        if (k <= j)
+            high = j;
+        else if (k >= i)
+            low = i;
         else
-            quantize_row(b, r, src);
+            break;
+    }
+    return work[k];
+}
+
+static double mean(const float *z, int n) {
+    double sum = 0;
+    for (int k = 0; k < n; k++) sum += z[k];
+    return sum / n;
+}
+
+static double variance(const float *z, int n) {
+    double m = mean(z, n), sum = 0;
+    for (int k = 0; k < n; k++) sum += (z[k] - m) * (z[k] - m);
+    return sum / n;
+}
+
+static void store_row(const struct batch *b, const struct activation *in, int r, const float *row) {
+    if (in->f32)
+        memcpy(in->f32 + (int64_t)r * b->n_in, row, sizeof *row * (size_t)b->n_in);
+    else
+        b->kernels->quantize_row(in->a8.q + r * in->a8.stride, &in->a8.scale[r], &in->a8.sum[r], row,
+                                 b->n_in, in->a8.k_pad);
+}
+
+/* One or two neighbouring rows under one rule: z = x - shift, prune, then what the rule gives back.
+ * INT8 rows carry the VAR factor in their scale and the shift beside it, for the epilogue; float rows
+ * are written out in full. z [rows, n] and work [n] are scratch. */
+static void store_pruned(const struct batch *b, const struct activation *in, int r, int rows,
+                         const float *x, float *z, float *work, void *prune_scratch) {
+    const struct rule *rule = in->of->rule;
+    int n = b->n_in;
+    float shift[2] = {0, 0};
+    double var[2] = {0, 0};
+    memcpy(z, x, sizeof *z * (size_t)n * (size_t)rows);
+    for (int i = 0; i < rows; i++) {
+        float *row = z + (int64_t)i * n;
+        if (rule->shift == SHIFT_MEAN) shift[i] = (float)mean(row, n);
+        if (rule->shift == SHIFT_MEDIAN) shift[i] = median(row, work, n);
+        if (rule->shift != SHIFT_NONE)
+            for (int k = 0; k < n; k++) row[k] -= shift[i];
+        if (rule->var) var[i] = variance(row, n);
+    }
+    b->kernels->prune(&rule->pattern, z, n, rows, in->of->score, n, prune_scratch);
+    for (int i = 0; i < rows; i++) {
+        float *row = z + (int64_t)i * n;
+        /* The floor is the paper's: a row pruned to a constant stays finite. */
+        float scale = rule->var ? (float)sqrt(var[i] / fmax(variance(row, n), 1e-9)) : 1.0f;
+        if (in->f32)
+            for (int k = 0; k < n; k++) row[k] = row[k] * scale + shift[i];
+        store_row(b, in, r + i, row);
+        if (!in->f32) {
+            in->a8.scale[r + i] *= scale;
+            in->shift[r + i] = shift[i];
+        }
     }
 }
 
-void op_prepare(struct batch *b, const float *src, int n) {
-    set_input_width(b, n);
-    struct rows_job job = {.b = b, .src = src};
-    run_rows(b, prepare_work, &job);
-}
+struct input_job {
+    struct batch *b;
+    void (*make)(struct batch *b, const void *source, int r, float *row);
+    const void *source;
+};
 
-static void swiglu_work(void *ctx, int ith, int nth) {
-    const struct rows_job *job = ctx;
+static void input_work(void *ctx, int ith, int nth) {
+    const struct input_job *job = ctx;
     struct batch *b = job->b;
-    int begin, end, n = b->in.n;
-    amber_split(b->rows, 1, ith, nth, &begin, &end);
-    for (int r = begin; r < end; r++) {
-        float *gate = b->gate + (int64_t)r * n;
-        float *y = b->in.f32 ? b->in.f32 + (int64_t)r * n : gate;
-        b->kernels->silu_mul(y, gate, b->up + (int64_t)r * n, n);
-        if (!b->in.f32) quantize_row(b, r, y);
+    const int n = b->n_in, odd = b->pos0 % 2;
+    float *x = (float *)(void *)(b->row_scratch + ith * b->row_scratch_bytes);
+    float *z = x + 2 * (int64_t)n, *work = z + 2 * (int64_t)n;
+    void *prune_scratch = (char *)x + amber_round_up(5 * (int64_t)n * (int64_t)sizeof *x, 64);
+
+    int begin, end;
+    amber_split(b->rows + odd, 2, ith, nth, &begin, &end);
+    for (int first = begin; first < end; first += 2) {
+        int r0 = amber_max(first - odd, 0), r1 = amber_min(first - odd + 2, b->rows), rows = r1 - r0;
+        for (int r = r0; r < r1; r++) job->make(b, job->source, r, x + (int64_t)(r - r0) * n);
+        bool protected = b->pos0 + r0 < b->model->sparse_first_n;
+        for (int i = 0; i < b->n_inputs; i++) {
+            const struct activation *in = &b->in[i];
+            if (in->of && !protected && in->of->rule->pattern.tokens == 2) {
+                store_pruned(b, in, r0, rows, x, z, work, prune_scratch);
+                continue;
+            }
+            for (int r = r0; r < r1; r++) {
+                const float *row = x + (int64_t)(r - r0) * n;
+                if (in->of && !protected) {
+                    store_pruned(b, in, r, 1, row, z, work, prune_scratch);
+                } else {
+                    store_row(b, in, r, row);
+                    if (in->a8.shift) in->shift[r] = 0;
+                }
+            }
+        }
     }
 }
 
-void op_swiglu(struct batch *b) {
-    set_input_width(b, b->model->shape.n_ff);
-    struct rows_job job = {.b = b};
-    run_rows(b, swiglu_work, &job);
+static void make_norm(struct batch *b, const void *source, int r, float *row) {
+    b->kernels->rmsnorm(row, b->x + (int64_t)r * b->n_in, source, b->n_in, b->model->shape.norm_eps);
+}
+
+static void make_copy(struct batch *b, const void *source, int r, float *row) {
+    memcpy(row, (const float *)source + (int64_t)r * b->n_in, sizeof *row * (size_t)b->n_in);
+}
+
+static void make_swiglu(struct batch *b, const void *source, int r, float *row) {
+    (void)source;
+    int64_t at = (int64_t)r * b->n_in;
+    b->kernels->silu_mul(row, b->gate + at, b->up + at, b->n_in);
+}
+
+void op_norm(struct batch *b, const float *weight, const struct linear *const w[], int n) {
+    choose_inputs(b, w, n);
+    run_rows(b, input_work, &(struct input_job){b, make_norm, weight});
+}
+
+void op_prepare(struct batch *b, const float *src, const struct linear *w) {
+    choose_inputs(b, &w, 1);
+    run_rows(b, input_work, &(struct input_job){b, make_copy, src});
+}
+
+void op_swiglu(struct batch *b, const struct linear *w) {
+    choose_inputs(b, &w, 1);
+    run_rows(b, input_work, &(struct input_job){b, make_swiglu, NULL});
 }
 
 /* ---- linear layers ---- */
@@ -124,13 +249,14 @@ struct linear_job {
 
 static void linear_part(const struct batch *b, const struct linear *w, float *y, bool add, int begin,
                         int end) {
+    const struct activation *in = input_of(b, w);
     if (w->f32) {
         struct amber_gemm_f32 g = {.w = w->f32, .bias = w->bias, .n_out = w->n_out, .n_in = w->n_in,
-                                   .x = b->in.f32, .ldx = b->in.n, .rows = b->rows,
+                                   .x = in->f32, .ldx = b->n_in, .rows = b->rows,
                                    .y = y, .ldy = w->n_out, .add = add};
         b->kernels->gemm_f32(&g, begin, amber_min(end, w->n_out));
     } else {
-        struct amber_gemm_w8a8 g = {.w = w->w8, .a = b->in.a8, .y = y, .ldy = w->n_out, .add = add};
+        struct amber_gemm_w8a8 g = {.w = w->w8, .a = in->a8, .y = y, .ldy = w->n_out, .add = add};
         b->kernels->gemm_w8a8(&g, begin / AMBER_PANEL, (end + AMBER_PANEL - 1) / AMBER_PANEL);
     }
 }

@@ -19,13 +19,28 @@ static int widest_input(const struct shape *s) {
  * with the address of the pointer and the bytes; stops at the first false. */
 typedef bool (*buffer_fn)(void *user, void **at, int64_t bytes, bool is_kv);
 
-static bool each_buffer(const struct shape *s, bool floats, int threads, size_t attn_scratch,
-                        struct amber_session *session, buffer_fn each, void *user) {
+static bool each_input(struct activation *in, bool floats, int64_t rows, int64_t wide, buffer_fn each,
+                       void *user) {
+    const int64_t f32 = sizeof(float), i32 = sizeof(int32_t);
+    if (floats) return each(user, (void **)&in->f32, f32 * rows * wide, false);
+    int64_t stride = amber_a8_stride((int)amber_round_up(wide, AMBER_K_ALIGN));
+    return each(user, (void **)&in->a8.q, rows * stride, false) &&
+           each(user, (void **)&in->a8.scale, f32 * rows, false) &&
+           each(user, (void **)&in->shift, f32 * rows, false) &&
+           each(user, (void **)&in->a8.sum, i32 * rows, false);
+}
+
+static bool each_buffer(const struct shape *s, bool floats, int n_inputs, int threads,
+                        size_t attn_scratch, struct amber_session *session, buffer_fn each,
+                        void *user) {
     struct batch *b = &session->batch;
     const int64_t f32 = sizeof(float), rows = b->n_batch, wide = widest_input(s);
     const int64_t q = (int64_t)s->n_head * s->head_dim, kv = (int64_t)s->n_head_kv * s->head_dim;
-    const int64_t stride = amber_round_up(wide, AMBER_K_ALIGN) + AMBER_K_ALIGN;
     b->kv_f32 = floats;
+    b->row_scratch_bytes = amber_round_up(5 * f32 * wide, 64) +
+                           amber_round_up((int64_t)amber_prune_scratch((int)wide), 64);
+    for (int i = 0; i < n_inputs; i++)
+        if (!each_input(&b->in[i], floats, rows, wide, each, user)) return false;
     b->kv_layer_bytes = amber_round_up(kv * b->n_ctx * (floats ? 4 : 2), 64);
     return each(user, (void **)&b->kv, 2 * b->kv_layer_bytes * s->n_layer, true) &&
            each(user, (void **)&session->tokens, (int64_t)sizeof(int32_t) * b->n_ctx, false) &&
@@ -39,12 +54,8 @@ static bool each_buffer(const struct shape *s, bool floats, int threads, size_t 
            each(user, (void **)&b->up, f32 * rows * s->n_ff, false) &&
            each(user, (void **)&b->cos, f32 * rows * (s->n_rot / 2), false) &&
            each(user, (void **)&b->sin, f32 * rows * (s->n_rot / 2), false) &&
-           each(user, (void **)&b->norm_scratch, f32 * threads * wide, false) &&
-           each(user, (void **)&b->attn_scratch, (int64_t)attn_scratch * threads, false) &&
-           (floats ? each(user, (void **)&b->in.f32, f32 * rows * wide, false)
-                   : each(user, (void **)&b->in.a8.q, rows * stride, false) &&
-                         each(user, (void **)&b->in.a8.scale, f32 * rows, false) &&
-                         each(user, (void **)&b->in.a8.sum, (int64_t)sizeof(int32_t) * rows, false));
+           each(user, (void **)&b->row_scratch, b->row_scratch_bytes * threads, false) &&
+           each(user, (void **)&b->attn_scratch, (int64_t)attn_scratch * threads, false);
 }
 
 static bool count_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
@@ -54,12 +65,12 @@ static bool count_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     return true;
 }
 
-#define MAX_BUFFERS 24
+#define MAX_BUFFERS (14 + 4 * MAX_INPUTS)
 
 static bool make_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     struct amber_session *session = user;
     *at = amber_alloc((size_t)bytes);
-    if (!*at || session->n_blocks == MAX_BUFFERS) return false;
+    if (!*at) return false;
     session->blocks[session->n_blocks++] = *at;
     return count_buffer(user, at, bytes, is_kv);
 }
@@ -78,13 +89,13 @@ static amber_status set_sizes(const struct shape *s, int n_ctx, int n_batch, str
 }
 
 /* What a session would take: for amber_memory_estimate. */
-amber_status session_estimate(const struct shape *s, bool floats, int threads, size_t attn_scratch,
-                              int n_ctx, int n_batch, int64_t *kv_bytes, int64_t *scratch_bytes,
-                              amber_error *err) {
+amber_status session_estimate(const struct shape *s, bool floats, const struct plan *plan,
+                              int threads, size_t attn_scratch, int n_ctx, int n_batch,
+                              int64_t *kv_bytes, int64_t *scratch_bytes, amber_error *err) {
     struct amber_session session = {0};
     amber_status status = set_sizes(s, n_ctx, n_batch, &session.batch, err);
     if (status != AMBER_OK) return status;
-    each_buffer(s, floats, threads, attn_scratch, &session, count_buffer, &session);
+    each_buffer(s, floats, plan_inputs(plan), threads, attn_scratch, &session, count_buffer, &session);
     *kv_bytes = session.kv_bytes;
     *scratch_bytes = session.scratch_bytes;
     return AMBER_OK;
@@ -134,13 +145,15 @@ amber_status amber_session_new(amber_engine *engine, const amber_session_options
         amber_session_free(session);
         return status;
     }
-    if (!each_buffer(&model->shape, model->float_weights, amber_pool_threads(b->pool),
-                     b->kernels->attention_scratch, session, make_buffer, session)) {
+    if (!each_buffer(&model->shape, model->float_weights, plan_inputs(&model->plan),
+                     amber_pool_threads(b->pool), b->kernels->attention_scratch, session, make_buffer,
+                     session)) {
         int n_ctx = b->n_ctx;
         double held = (double)(session->kv_bytes + session->scratch_bytes) / 1e6;
         int64_t kv = 0, scratch = 0;
-        session_estimate(&model->shape, model->float_weights, amber_pool_threads(b->pool),
-                         b->kernels->attention_scratch, o.n_ctx, o.n_batch, &kv, &scratch, NULL);
+        session_estimate(&model->shape, model->float_weights, &model->plan,
+                         amber_pool_threads(b->pool), b->kernels->attention_scratch, o.n_ctx, o.n_batch,
+                         &kv, &scratch, NULL);
         amber_session_free(session);
         return amber_fail(err, AMBER_ERR_MEMORY,
                           "session: a context of %d tokens needs %.1f MB, got %.1f MB (use a smaller "
@@ -232,6 +245,7 @@ amber_status amber_session_sync(amber_session *session, const int32_t *tokens, i
     common = amber_min(common, n - 1);
     session->stats.cached_tokens = common;
     session->n_past = common;
+    session->batch.sparse = true;
 
     double start = amber_seconds();
     status = extend(session, tokens, n, n - 1, session->logits, err);
@@ -257,6 +271,7 @@ amber_status amber_session_append(amber_session *session, int32_t token, amber_e
         return amber_fail(err, AMBER_ERR_ARGUMENT, "token: expected 0..%d, found %d",
                           session->batch.model->shape.n_vocab - 1, token);
     double start = amber_seconds();
+    session->batch.sparse = false;
     session->tokens[n] = token;
     amber_status status = extend(session, session->tokens, n + 1, n, session->logits, err);
     session->has_logits = status == AMBER_OK;
@@ -272,6 +287,7 @@ amber_status amber_session_score(amber_session *session, const int32_t *tokens, 
     if (first < 0 || first >= n)
         return amber_fail(err, AMBER_ERR_ARGUMENT, "first: expected 0..%d, found %d", n - 1, first);
     session->n_past = 0;
+    session->batch.sparse = true;
     double start = amber_seconds();
     status = extend(session, tokens, n, first, out, err);
     session->stats.cached_tokens = 0;

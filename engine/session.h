@@ -20,10 +20,14 @@ struct amber_engine {
 
 /* Rows as the linear layers read them: INT8 with a scale per row, or float32 in float mode. */
 struct activation {
-    int n;              /* row length */
-    struct amber_a8 a8; /* rows of the current batch */
-    float *f32;         /* [rows, n] */
+    const struct linear *of; /* whose pruning rule made it; NULL: dense */
+    struct amber_a8 a8;      /* rows of the current batch */
+    float *shift;            /* [rows] what the rule took off; a8.shift points here where it does */
+    float *f32;              /* [rows, n] */
 };
+
+/* Projections that share an input need at most one dense and three differently pruned copies. */
+#define MAX_INPUTS 4
 
 /* One forward pass over `rows` consecutive tokens, and the scratch it works in. All buffers are
  * sized for the session's n_batch rows when the session is made; nothing is allocated here. */
@@ -33,14 +37,17 @@ struct batch {
     struct amber_pool *pool;
 
     int rows, pos0; /* rows at positions pos0 .. pos0 + rows - 1 */
+    bool sparse;    /* prefill: the plan's rules apply; decode is dense */
     int n_ctx, n_batch;
     float *x;           /* [rows, n_embd] residual stream */
     float *q, *attn;    /* [rows, n_head * head_dim] */
     float *k, *v;       /* [rows, n_head_kv * head_dim] */
     float *gate, *up;   /* [rows, n_ff] */
     float *cos, *sin;   /* [rows, n_rot / 2] */
-    struct activation in;
-    float *norm_scratch;   /* [threads, widest row] */
+    struct activation in[MAX_INPUTS];
+    int n_in, n_inputs;    /* row length and number of inputs in use */
+    uint8_t *row_scratch;  /* [threads, row_scratch_bytes] */
+    int64_t row_scratch_bytes;
     uint8_t *attn_scratch; /* [threads, kernels->attention_scratch] */
 
     /* KV cache: per layer [n_head_kv, n_ctx, head_dim], float16, or float32 in float mode. */
@@ -76,9 +83,9 @@ struct amber_session {
 /* ---- session.c ---- */
 
 /* Bytes of a session's cache and buffers; n_ctx and n_batch as in amber_session_options. */
-amber_status session_estimate(const struct shape *s, bool floats, int threads, size_t attn_scratch,
-                              int n_ctx, int n_batch, int64_t *kv_bytes, int64_t *scratch_bytes,
-                              amber_error *err);
+amber_status session_estimate(const struct shape *s, bool floats, const struct plan *plan,
+                              int threads, size_t attn_scratch, int n_ctx, int n_batch,
+                              int64_t *kv_bytes, int64_t *scratch_bytes, amber_error *err);
 
 /* ---- forward.c ---- */
 
@@ -88,17 +95,22 @@ amber_status session_estimate(const struct shape *s, bool floats, int threads, s
 amber_status forward(struct batch *b, const int32_t *tokens, int rows, int pos0, int first_out,
                      float *logits);
 
+/* Most inputs that any group of projections of this plan needs at once. */
+int plan_inputs(const struct plan *plan);
+
 /* ---- ops.c: every function is one step over all rows of the batch ---- */
 
 void op_embed(struct batch *b, const int32_t *tokens);
 void op_rope_table(struct batch *b);
-/* in = rmsnorm(x) * weight, ready for the linear layers. */
-void op_norm(struct batch *b, const float *weight);
-/* in = the rows of src [rows, n]. */
-void op_prepare(struct batch *b, const float *src, int n);
-/* in = silu(gate) * up. */
-void op_swiglu(struct batch *b);
-/* y[i] = w[i](in) for n linear layers that share their input. */
+/* The three sources of an input, each made ready for the n linear layers w that will read it: pruned
+ * where their rules say so, and quantized.
+ * in = rmsnorm(x) * weight */
+void op_norm(struct batch *b, const float *weight, const struct linear *const w[], int n);
+/* in = the rows of src [rows, w->n_in] */
+void op_prepare(struct batch *b, const float *src, const struct linear *w);
+/* in = silu(gate) * up */
+void op_swiglu(struct batch *b, const struct linear *w);
+/* y[i] = w[i](in) for the n linear layers that the input was made for. */
 void op_linear(struct batch *b, const struct linear *const w[], float *const y[], int n);
 /* x += w(in). */
 void op_linear_residual(struct batch *b, const struct linear *w);

@@ -12,6 +12,8 @@
 #ifndef AMBER_KERNELS_H
 #define AMBER_KERNELS_H
 
+#include "sparse.h"
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -40,6 +42,7 @@ struct amber_w8 {
     const uint8_t *q;   /* [panels, k_pad/4, 16, 4] uint8, 64-byte aligned */
     const float *scale; /* [panels * 16] float32, 0 in the padding */
     const float *bias;  /* [panels * 16] float32, or NULL */
+    const float *sum;   /* [panels * 16] sum of the row's weights; read where a.shift is set */
     int n_out, n_in, k_pad;
 };
 
@@ -47,6 +50,7 @@ struct amber_a8 {
     int8_t *q;      /* [rows, stride] int8, 64-byte aligned rows */
     float *scale;   /* [rows] */
     int32_t *sum;   /* [rows] sum of x over the row */
+    const float *shift; /* [rows] what was taken off every element before quantization, or NULL */
     int rows;
     int k_pad;      /* equals the weights' */
     int64_t stride; /* bytes from row to row, >= k_pad, multiple of 64 */
@@ -56,8 +60,9 @@ struct amber_a8 {
  * cache lines, so that the same columns of neighbouring rows do not share L1 sets. */
 static inline int64_t amber_a8_stride(int k_pad) { return (k_pad / 64 | 1) * (int64_t)64; }
 
-/* v = (float)acc[t,o] * (a.scale[t] * w.scale[o]), then v + bias[o] where there is one, then
- * y[t,o] + v where add, each operation rounded to float32: every column gives the same bits.
+/* v = (float)acc[t,o] * (a.scale[t] * w.scale[o]), then v + a.shift[t] * w.sum[o] where there is a
+ * shift, then v + bias[o] where there is one, then y[t,o] + v where add, each operation rounded to
+ * float32: every column gives the same bits.
  * acc is exact. A NaN scale makes the outputs NaN. */
 struct amber_gemm_w8a8 {
     struct amber_w8 w;
@@ -117,6 +122,8 @@ struct amber_kernels {
      * does one so small that 127/absmax overflows. A row that holds a NaN or an infinity gets scale
      * NaN, q = 0 and sum = 0, so that all it is multiplied into becomes NaN as in float arithmetic.
      * x [n]; q [k_pad], k_pad >= n. */
+    /* Zeroes what a sparsity pattern does not keep; see sparse.h. */
+    amber_prune_fn prune;
     void (*quantize_row)(int8_t *q, float *scale, int32_t *sum, const float *x, int n, int k_pad);
 
     /* Panels panel0..panel1-1 of all rows. rows == 1 is the decode GEMV, streaming each weight byte

@@ -123,8 +123,8 @@ static struct int8_case int8_case(int rows, int n_out, int n_in, int fill) {
     }
     c.before = uniforms(rows * ldy);
     c.g = (struct amber_gemm_w8a8){
-        .w = {q, scale, random_bits() % 2 ? bias : NULL, n_out, n_in, k_pad},
-        .a = {x, row_scale, sum, rows, k_pad, stride},
+        .w = {q, scale, random_bits() % 2 ? bias : NULL, NULL, n_out, n_in, k_pad},
+        .a = {x, row_scale, sum, NULL, rows, k_pad, stride},
         .y = guarded((size_t)(rows * ldy) * 4),
         .ldy = ldy,
         .add = random_bits() % 2,

@@ -24,6 +24,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -40,7 +41,7 @@ STEP_TOKENS = 8192
 WARMUP_STEPS = 100
 DECAY_FROM = 0.4  # the part of the time after which the learning rate falls
 MUON_LR, ADAM_LR = 0.02, 0.003
-CHECKPOINT_SECONDS = 150
+CHECKPOINT_SECONDS = 300
 PROMPTS = ("Once upon a time", "The old king", '"Where are you going?" said the')
 
 
@@ -327,21 +328,21 @@ class Run:
                 logged = self.elapsed
             if self.elapsed - saved > CHECKPOINT_SECONDS:
                 self.save()
-                nats, bits = evaluate(self.model, 32)
-                log(f"heldout {nats:.3f} nats/token, {bits:.3f} bits/byte")
+                nats, bits = evaluate(length, 64 * SHORT // length)
+                log(f"heldout {nats:.3f} nats/token, {bits:.3f} bits/byte (rows of {length})")
                 saved = self.elapsed
         self.save()
 
 
-def heldout_loss(model, ids, token_bytes, windows=None):
-    """(nats per token, bits per byte) of BOS and LONG - 1 tokens at a time, every one scored."""
-    n = LONG - 1
+def heldout_loss(model, ids, token_bytes, length=LONG, windows=None):
+    """(nats per token, bits per byte) of BOS and length - 1 tokens at a time, each scored."""
+    n = length - 1
     starts = np.arange(0, len(ids) - n, n)
     if windows:  # spread over the text
         starts = starts[:: max(1, len(starts) // windows)][:windows]
     nats = 0.0
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        for some in np.array_split(starts, math.ceil(len(starts) / 8)):
+        for some in np.array_split(starts, math.ceil(len(starts) * length / STEP_TOKENS)):
             rows = np.stack([np.concatenate(([BOS], ids[s : s + n])) for s in some])
             rows = torch.from_numpy(rows.astype(np.int64))
             nats += model.loss(rows).item() * len(some) * n
@@ -475,7 +476,7 @@ def main():
         len(tokenizer.id_to_piece(i).replace("\u2581", " ").encode())
         for i in range(model.c.vocab)
     ])  # fmt: skip
-    evaluate = lambda model, windows=None: heldout_loss(model, held, token_bytes, windows)  # noqa: E731
+    evaluate = partial(heldout_loss, model, held, token_bytes)
 
     parameters = sum(p.numel() for p in model.parameters())
     if not args.export_only:
@@ -484,7 +485,7 @@ def main():
         compile_model = not args.no_compile and shutil.which("g++") is not None
         run.train(stream, evaluate, args.seed, compile_model)
     export(model, tokenizer, args.out, args.type, args.license)
-    nats, bits = evaluate(model, 64 if args.export_only else None)
+    nats, bits = evaluate(LONG, 64 if args.export_only else None)
     for prompt in PROMPTS:
         log(f"---- {sample(model, tokenizer, prompt, 100, temperature=0.8)}")
     print(

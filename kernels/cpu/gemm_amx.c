@@ -12,6 +12,12 @@
 #ifndef KB
 #define KB 512
 #endif
+#ifndef NP
+#define NP 4
+#endif
+#ifndef SW
+#define SW 1000000
+#endif
 #ifndef RB
 #define RB 256
 #endif
@@ -19,6 +25,7 @@ enum {
     TILE_ROWS = 16,
     BLOCK_ROWS = 32,
     FEW_ROWS = 4, /* up to here the vector kernel is as fast */
+    PANELS = NP,
     K_BLOCK = KB,
     ROW_BLOCK = RB
 };
@@ -45,7 +52,7 @@ enum { STEP_SUMS = 4 * TILE_ROWS * 16 };
 
 static inline __attribute__((always_inline)) void step(const uint8_t *w, int64_t panel_bytes,
                                                        const int8_t *x, int64_t stride, int groups,
-                                                       int32_t *sums, bool first, bool stream,
+                                                       int32_t *sums, bool first, const uint8_t *ahead, int lines,
                                                        const int halves, const int panels) {
     int32_t *s1 = sums + 256, *s2 = sums + 512, *s3 = sums + 768;
     if (first) {
@@ -72,14 +79,7 @@ static inline __attribute__((always_inline)) void step(const uint8_t *w, int64_t
             _tile_dpbsud(2, 5, 6);
             if (panels > 1) _tile_dpbsud(3, 5, 7);
         }
-        if (stream) {
-#pragma GCC unroll 16
-            for (int l = 0; l < 16; l++) {
-                _mm_prefetch((const char *)w + 2048 + l * 64, _MM_HINT_T0);
-                if (panels > 1)
-                    _mm_prefetch((const char *)w + panel_bytes + 2048 + l * 64, _MM_HINT_T0);
-            }
-        }
+        for (int l = 0; l < lines; l++, ahead += 64) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
         w += 1024;
         x += 64;
     }
@@ -106,36 +106,43 @@ static void finish(const struct amber_gemm_w8a8 *g, int row, int rows, int panel
     }
 }
 
-static void block(const struct amber_gemm_w8a8 *g, int panel, int panels, int row0, int row1, bool first_rows) {
-    _Alignas(64) int32_t sums[ROW_BLOCK / BLOCK_ROWS * STEP_SUMS];
+static void block(const struct amber_gemm_w8a8 *g, int panel, int panels, int row0, int row1, bool last_rows) {
+    _Alignas(64) int32_t sums[ROW_BLOCK / BLOCK_ROWS * STEP_SUMS * (PANELS / 2)];
     const int64_t stride = g->a.stride, panel_bytes = (int64_t)g->w.k_pad * AMBER_PANEL;
+    const int blocks = (row1 - row0 + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int lines = last_rows ? (8 * PANELS + blocks - 1) / blocks : 0;
     for (int k0 = 0; k0 < g->w.k_pad; k0 += K_BLOCK) {
         int width = g->w.k_pad - k0 < K_BLOCK ? g->w.k_pad - k0 : K_BLOCK;
         const uint8_t *w = g->w.q + panel * panel_bytes + (int64_t)k0 * AMBER_PANEL;
         int32_t *s = sums;
-        for (int row = row0; row < row1; row += BLOCK_ROWS, s += STEP_SUMS) {
+        int order = 0;
+        for (int row = row0; row < row1; row += BLOCK_ROWS) {
             int rows = row1 - row < BLOCK_ROWS ? row1 - row : BLOCK_ROWS;
             const int8_t *x = g->a.q + row * stride + k0;
-            bool stream = first_rows && row == row0;
             if (rows < BLOCK_ROWS) configure(rows);
-            if (rows <= TILE_ROWS) {
-                if (panels == 1) {
-                    step(w, panel_bytes, x, stride, width / 64, s, k0 == 0, stream, 1, 1);
+            for (int p = 0; p < panels; p += 2, s += STEP_SUMS, order++) {
+                const uint8_t *wp = w + p * panel_bytes;
+                int part = order * (width / 64) * lines * 64; /* bytes */
+                const uint8_t *ahead = w + PANELS * panel_bytes + part / (width * 16) * panel_bytes + part % (width * 16);
+                if (rows <= TILE_ROWS) {
+                    if (panels - p == 1) {
+                        step(wp, panel_bytes, x, stride, width / 64, s, k0 == 0, ahead, lines, 1, 1);
+                    } else {
+                        step(wp, panel_bytes, x, stride, width / 64, s, k0 == 0, ahead, lines, 1, 2);
+                    }
+                } else if (panels - p == 1) {
+                    step(wp, panel_bytes, x, stride, width / 64, s, k0 == 0, ahead, lines, 2, 1);
                 } else {
-                    step(w, panel_bytes, x, stride, width / 64, s, k0 == 0, stream, 1, 2);
+                    step(wp, panel_bytes, x, stride, width / 64, s, k0 == 0, ahead, lines, 2, 2);
                 }
-            } else if (panels == 1) {
-                step(w, panel_bytes, x, stride, width / 64, s, k0 == 0, stream, 2, 1);
-            } else {
-                step(w, panel_bytes, x, stride, width / 64, s, k0 == 0, stream, 2, 2);
+                if (k0 + width < g->w.k_pad) continue;
+                for (int half = 0; half < 2; half++) {
+                    int n = rows - half * TILE_ROWS < TILE_ROWS ? rows - half * TILE_ROWS : TILE_ROWS;
+                    for (int q = 0; q < 2 && q < panels - p && n > 0; q++)
+                        finish(g, row + half * TILE_ROWS, n, panel + p + q, s + (half * 2 + q) * 256);
+                }
             }
             if (rows < BLOCK_ROWS) configure(BLOCK_ROWS);
-            if (k0 + width < g->w.k_pad) continue;
-            for (int half = 0; half < 2; half++) {
-                int n = rows - half * TILE_ROWS < TILE_ROWS ? rows - half * TILE_ROWS : TILE_ROWS;
-                for (int p = 0; p < panels && n > 0; p++)
-                    finish(g, row + half * TILE_ROWS, n, panel + p, s + (half * 2 + p) * 256);
-            }
         }
     }
 }
@@ -146,10 +153,14 @@ void amber_gemm_w8a8_amx(const struct amber_gemm_w8a8 *g, int panel0, int panel1
         return;
     }
     configure(BLOCK_ROWS);
-    for (int panel = panel0; panel < panel1; panel += 2)
-        for (int row = 0; row < g->a.rows; row += ROW_BLOCK)
-            block(g, panel, panel1 - panel < 2 ? 1 : 2, row,
-                  g->a.rows - row < ROW_BLOCK ? g->a.rows : row + ROW_BLOCK, row == 0);
+    int sweep = (int)(SW / g->a.stride) / 32 * 32; if (sweep < 32) sweep = 32;
+    for (int s0 = 0; s0 < g->a.rows; s0 += sweep) {
+        int s1 = g->a.rows - s0 < sweep ? g->a.rows : s0 + sweep;
+        for (int panel = panel0; panel < panel1; panel += PANELS)
+            for (int row = s0; row < s1; row += ROW_BLOCK)
+                block(g, panel, panel1 - panel < PANELS ? panel1 - panel : PANELS, row,
+                      s1 - row < ROW_BLOCK ? s1 : row + ROW_BLOCK, row + ROW_BLOCK >= s1);
+    }
     _tile_release();
 }
 

@@ -8,6 +8,7 @@ bool amber_kernels_ref(struct amber_kernels *k) {
         .silu_mul = amber_silu_mul_ref,
         .rope = amber_rope_ref,
         .f16_from_f32 = amber_f16_from_f32_ref,
+        .prune = amber_prune_ref,
         .quantize_row = amber_quantize_row_ref,
         .gemm_w8a8 = amber_gemm_w8a8_ref,
         .gemm_f32 = amber_gemm_f32_ref,

@@ -91,7 +91,7 @@ def evaluate(
     losses, reference_losses, divergences, same = [], [], [], 0
     seconds = 0.0
     with engine.session(n_ctx=ctx) as session:
-        reference = against.session(n_ctx=ctx) if against else None
+        reference = None if against is None else against.session(n_ctx=ctx)
         for chunk in range(count):
             window = tokens[chunk * ctx : (chunk + 1) * ctx]
             if tokenizer.adds_bos and tokenizer.bos is not None:
@@ -100,7 +100,7 @@ def evaluate(
             started = perf_counter()
             logits = _logits(session, window, first, chunk)
             seconds += perf_counter() - started
-            other = _logits(reference, window, first, chunk) if reference else None
+            other = None if reference is None else _logits(reference, window, first, chunk)
             for begin, end in _blocks(len(targets), logits.shape[1]):
                 part = log_softmax(logits[begin:end])
                 picked = np.arange(end - begin), targets[begin:end]
@@ -112,7 +112,7 @@ def evaluate(
                     same += int(np.sum(truth.argmax(axis=1) == part.argmax(axis=1)))
             if progress:
                 progress(chunk + 1, count, perplexity(losses)[0])
-        if reference:
+        if reference is not None:
             reference.close()
     value, stderr = perplexity(losses)
     compared: dict[str, float] = {}
@@ -272,7 +272,7 @@ def measure(model: str, precision: str, text: str, args: argparse.Namespace) -> 
                     progress=bar,
                 )
             finally:
-                if reference:
+                if reference is not None:
                     reference.close()
             info = engine.info
     finally:
