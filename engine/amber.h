@@ -276,9 +276,9 @@ int32_t amber_sampler_sample(amber_sampler *sampler, const float *logits);
 
 /* The two limits of this machine, to hold measured speeds against, with `threads` threads:
  * INT8 operations per second of the dot product of kernel column `isa` (NULL: the best) on registers
- * alone, a multiply and its addition counting as two, and bytes per second of reading 1 GiB (or an
- * eighth of the memory) from end to end. The best of nine trials each; takes about a second. A cache
- * as large as that buffer answers for the memory. */
+ * alone, a multiply and its addition counting as two; and bytes per second of reading 1 GiB (or an
+ * eighth of the memory) again and again from end to end, which a cache of that size would answer in
+ * place of the memory. The best of many short trials each; takes about a second. */
 amber_status amber_measure_peaks(int32_t threads, const char *isa, double *int8_ops_per_second,
                                  double *read_bytes_per_second, amber_error *err);
 

@@ -9,6 +9,7 @@
  * steps have constant trip counts and no branches, which compilers turn into vector code. Source
  * blocks have any alignment and are read with memcpy. */
 #include "dequant.h"
+#include "dequant_iq.h"
 
 #include <string.h>
 
@@ -416,20 +417,20 @@ static const struct type_info types[] = {
     {TYPE_Q5_K, "Q5_K", SUPER, 176, q5_k_to_float},
     {TYPE_Q6_K, "Q6_K", SUPER, 210, q6_k_to_float},
     {15, "Q8_K", SUPER, 292, NULL},
-    {16, "IQ2_XXS", SUPER, 66, NULL},
-    {17, "IQ2_XS", SUPER, 74, NULL},
-    {18, "IQ3_XXS", SUPER, 98, NULL},
-    {19, "IQ1_S", SUPER, 50, NULL},
+    {16, "IQ2_XXS", SUPER, 66, iq2_xxs_to_float},
+    {17, "IQ2_XS", SUPER, 74, iq2_xs_to_float},
+    {18, "IQ3_XXS", SUPER, 98, iq3_xxs_to_float},
+    {19, "IQ1_S", SUPER, 50, iq1_s_to_float},
     {TYPE_IQ4_NL, "IQ4_NL", 32, 18, iq4_nl_to_float},
-    {21, "IQ3_S", SUPER, 110, NULL},
-    {22, "IQ2_S", SUPER, 82, NULL},
+    {21, "IQ3_S", SUPER, 110, iq3_s_to_float},
+    {22, "IQ2_S", SUPER, 82, iq2_s_to_float},
     {TYPE_IQ4_XS, "IQ4_XS", SUPER, 136, iq4_xs_to_float},
     {TYPE_I8, "I8", 1, 1, i8_to_float},
     {25, "I16", 1, 2, NULL},
     {26, "I32", 1, 4, NULL},
     {27, "I64", 1, 8, NULL},
     {28, "F64", 1, 8, NULL},
-    {29, "IQ1_M", SUPER, 56, NULL},
+    {29, "IQ1_M", SUPER, 56, iq1_m_to_float},
     {TYPE_BF16, "BF16", 1, 2, bf16_to_float},
     {31, "Q4_0_4_4", 0, 0, NULL},
     {32, "Q4_0_4_8", 0, 0, NULL},

@@ -156,9 +156,8 @@ static bool is_zeros(const uint8_t *data, size_t size) {
     return size > 0;
 }
 
-/* Names what does not begin with the magic. */
-static amber_status fail_wrong_kind(const uint8_t *data, size_t size, const char *label,
-                                    amber_error *err) {
+/* What a file is that does not begin with the magic, and what to do; NULL where unknown. */
+static const char *name_kind(const uint8_t *data, size_t size) {
     static const struct {
         uint8_t length;
         const char *magic, *found;
@@ -166,10 +165,7 @@ static amber_status fail_wrong_kind(const uint8_t *data, size_t size, const char
         {4, "PK\3\4", "a zip archive, as PyTorch writes (unpack it, or convert the model to GGUF)"},
         {2, "\x1f\x8b", "gzip-compressed data (unpack it first)"},
         {4, "\x28\xb5\x2f\xfd", "zstd-compressed data (unpack it first)"},
-        {6,
-         "\xfd"
-         "7zXZ",
-         "xz-compressed data (unpack it first)"},
+        {6, "\3757zXZ", "xz-compressed data (unpack it first)"},
         {3, "BZh", "bzip2-compressed data (unpack it first)"},
         {6, "7z\xbc\xaf\x27\x1c", "a 7z archive (unpack it first)"},
         {2, "\x80\2", "a Python pickle, as old PyTorch writes (convert the model to GGUF)"},
@@ -179,53 +175,53 @@ static amber_status fail_wrong_kind(const uint8_t *data, size_t size, const char
         {4, "algg", "an old ggla adapter (get it as GGUF)"},
         {4, "FUGG", "a byte-swapped GGUF file (get the little-endian file)"},
         {5, "\x89HDF\r", "an HDF5 file (convert the model to GGUF)"},
-        {4,
-         "\x7f"
-         "ELF",
-         "a program (give the path of a model)"},
+        {4, "\177ELF", "a program (give the path of a model)"},
+        {23, "version https://git-lfs",
+         "a Git LFS pointer (run \"git lfs pull\", or download the file itself)"},
     };
-    const char *found = NULL;
-    const uint8_t *text = data;
-    size_t left = size;
-    if (starts_with(text, left, "\xef\xbb\xbf", 3)) text += 3, left -= 3;
-    while (left > 0 && (*text == ' ' || *text == '\t' || *text == '\r' || *text == '\n')) {
-        text++, left--;
+    for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++) {
+        if (starts_with(data, size, kinds[i].magic, kinds[i].length)) return kinds[i].found;
     }
-    if (size < 4) {
+    if (is_safetensors(data, size)) return "a safetensors file (convert the model to GGUF)";
+    if (size >= 262 && !memcmp(data + 257, "ustar", 5)) return "a tar archive (unpack it first)";
+    if (is_zeros(data, size)) {
+        return "zero bytes (the download was not finished; download it again)";
+    }
+    /* Texts may begin with a byte order mark and white space. */
+    size_t i = starts_with(data, size, "\xef\xbb\xbf", 3) ? 3 : 0;
+    while (i < size && memchr(" \t\r\n", data[i], 4)) i++;
+    const uint8_t *text = data + i;
+    size_t left = size - i;
+    if (starts_with_ignoring_case(text, left, "<!doctype html") ||
+        starts_with_ignoring_case(text, left, "<html")) {
+        return "an HTML page (the link led to a web page; download the file itself)";
+    }
+    if (starts_with_ignoring_case(text, left, "<?xml")) {
+        return "an XML text, often a server's error (download the file itself)";
+    }
+    if (left > 0 && (*text == '{' || *text == '[')) {
+        return "a JSON text (give the path of the .gguf file)";
+    }
+    return NULL;
+}
+
+static amber_status fail_wrong_kind(const struct gguf_file *file, amber_error *err) {
+    const uint8_t *data = file->map;
+    if (file->size < 4) {
         return amber_fail(err, AMBER_ERR_FORMAT,
                           "%s: expected a GGUF model, found %zu bytes (truncated; download it "
                           "again)",
-                          label, size);
+                          file->label, file->size);
     }
-    for (size_t i = 0; i < sizeof kinds / sizeof kinds[0] && !found; i++) {
-        if (starts_with(data, size, kinds[i].magic, kinds[i].length)) found = kinds[i].found;
-    }
+    const char *found = name_kind(data, file->size);
     if (found) {
-        /* named above */
-    } else if (starts_with(data, size, "version https://git-lfs", 23)) {
-        found = "a Git LFS pointer (run \"git lfs pull\", or download the file itself)";
-    } else if (starts_with_ignoring_case(text, left, "<!doctype html") ||
-               starts_with_ignoring_case(text, left, "<html")) {
-        found = "an HTML page (the link led to a web page; download the file itself)";
-    } else if (starts_with_ignoring_case(text, left, "<?xml")) {
-        found = "an XML text, often a server's error (download the file itself)";
-    } else if (is_safetensors(data, size)) {
-        found = "a safetensors file (convert the model to GGUF)";
-    } else if (left > 0 && (*text == '{' || *text == '[')) {
-        found = "a JSON text (give the path of the .gguf file)";
-    } else if (size >= 262 && memcmp(data + 257, "ustar", 5) == 0) {
-        found = "a tar archive (unpack it first)";
-    } else if (is_zeros(data, size)) {
-        found = "zero bytes (the download was not finished; download it again)";
-    }
-    if (found) {
-        return amber_fail(err, AMBER_ERR_FORMAT, "%s: expected a GGUF model, found %s", label,
+        return amber_fail(err, AMBER_ERR_FORMAT, "%s: expected a GGUF model, found %s", file->label,
                           found);
     }
     return amber_fail(err, AMBER_ERR_FORMAT,
                       "%s: expected a GGUF model with magic 47 47 55 46, found %02x %02x %02x "
                       "%02x (not a model file, or damaged)",
-                      label, data[0], data[1], data[2], data[3]);
+                      file->label, data[0], data[1], data[2], data[3]);
 }
 
 /* ---- reading with proof ---- */
@@ -628,7 +624,7 @@ static amber_status parse_file(struct parser *p) {
                           label);
     }
     if (!starts_with(file->map, file->size, "GGUF", 4)) {
-        return fail_wrong_kind(file->map, file->size, label, p->err);
+        return fail_wrong_kind(file, p->err);
     }
     if (file->size < HEADER_BYTES) {
         return amber_fail(p->err, AMBER_ERR_FORMAT,

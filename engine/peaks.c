@@ -7,11 +7,15 @@
 #include <string.h>
 #include <unistd.h>
 
-#define MAX_THREADS     1024
-#define TRIALS          9    /* the best counts: whatever else runs only makes a trial slower */
-#define SECONDS_A_TRIAL 0.02 /* long against the start of the threads */
-#define BUFFER_BYTES    ((int64_t)1 << 30)
-#define STEP_BYTES      16384 /* of the split of the buffer */
+#define MAX_THREADS 1024
+/* The best of many short trials counts: whatever else runs only makes a trial slower, and a short
+ * one has a chance to meet a quiet moment of all threads. */
+#define MULTIPLY_TRIALS  100
+#define MULTIPLY_SECONDS 0.002 /* of a trial; long against the start of the threads */
+#define BUFFER_BYTES     ((int64_t)1 << 30)
+#define SECTION_BYTES    ((int64_t)64 << 20) /* of a trial that reads */
+#define READ_PASSES      4                   /* over the whole buffer */
+#define STEP_BYTES       16384               /* of the split over the threads */
 
 static const struct amber_peak *find_peak(const char *isa) {
     static const struct amber_peak *const peaks[] = {
@@ -30,7 +34,7 @@ static const struct amber_peak *find_peak(const char *isa) {
 struct job {
     const struct amber_peak *peak;
     int64_t steps;
-    uint8_t *buffer; /* [units * STEP_BYTES] */
+    uint8_t *section; /* [units * STEP_BYTES] */
     int units;
     volatile int64_t operations; /* of one thread */
     volatile uint64_t sink;
@@ -48,14 +52,14 @@ static void fill(void *ctx, int ith, int nth) {
     int begin, end;
     amber_split(job->units, 1, ith, nth, &begin, &end);
     /* Written, since pages that nobody wrote may all be the same page of zeros. */
-    memset(job->buffer + (int64_t)begin * STEP_BYTES, ith + 1, (size_t)(end - begin) * STEP_BYTES);
+    memset(job->section + (int64_t)begin * STEP_BYTES, ith + 1, (size_t)(end - begin) * STEP_BYTES);
 }
 
 static void read_part(void *ctx, int ith, int nth) {
     struct job *job = ctx;
     int begin, end;
     amber_split(job->units, 1, ith, nth, &begin, &end);
-    uint64_t x = job->peak->read(job->buffer + (int64_t)begin * STEP_BYTES,
+    uint64_t x = job->peak->read(job->section + (int64_t)begin * STEP_BYTES,
                                  (size_t)(end - begin) * STEP_BYTES);
     if (ith == 0) job->sink = x;
 }
@@ -63,11 +67,11 @@ static void read_part(void *ctx, int ith, int nth) {
 static double best_multiply(struct amber_pool *pool, struct job *job) {
     double best = 0;
     job->steps = 256;
-    for (int trial = 0; trial < TRIALS;) {
+    for (int trial = 0; trial < MULTIPLY_TRIALS;) {
         double start = amber_seconds();
         amber_pool_run(pool, multiply, job);
         double seconds = amber_seconds() - start;
-        if (seconds < SECONDS_A_TRIAL && job->steps < (INT64_C(1) << 40)) {
+        if (seconds < MULTIPLY_SECONDS && job->steps < (INT64_C(1) << 40)) {
             job->steps *= 2;
             continue;
         }
@@ -78,14 +82,16 @@ static double best_multiply(struct amber_pool *pool, struct job *job) {
     return best;
 }
 
-static double best_read(struct amber_pool *pool, struct job *job) {
+/* Every section is read in turn, so a cache smaller than the buffer has forgotten it by the next
+ * pass. */
+static double best_read(struct amber_pool *pool, struct job *job, uint8_t *buffer, int sections) {
     double best = 0;
-    amber_pool_run(pool, fill, job);
-    for (int trial = 0; trial < TRIALS; trial++) {
+    for (int trial = 0; trial < (1 + READ_PASSES) * sections; trial++) {
+        job->section = buffer + trial % sections * SECTION_BYTES;
         double start = amber_seconds();
-        amber_pool_run(pool, read_part, job);
-        double rate = (double)job->units * STEP_BYTES / (amber_seconds() - start);
-        if (rate > best) best = rate;
+        amber_pool_run(pool, trial < sections ? fill : read_part, job);
+        double rate = (double)SECTION_BYTES / (amber_seconds() - start);
+        if (trial >= sections && rate > best) best = rate;
     }
     return best;
 }
@@ -106,18 +112,19 @@ amber_status amber_measure_peaks(int32_t threads, const char *isa, double *int8_
     /* An eighth of the memory at most: a small machine has a small cache, too. */
     int64_t bytes = BUFFER_BYTES, memory = (int64_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
     if (memory > 0 && bytes > memory / 8) bytes = memory / 8;
-    struct job job = {.peak = peak, .units = (int)(bytes / STEP_BYTES)};
-    job.buffer = amber_alloc((size_t)job.units * STEP_BYTES);
-    if (!job.buffer)
+    int sections = amber_max(1, (int)(bytes / SECTION_BYTES));
+    struct job job = {.peak = peak, .units = (int)(SECTION_BYTES / STEP_BYTES)};
+    uint8_t *buffer = amber_alloc((size_t)(sections * SECTION_BYTES));
+    if (!buffer)
         return amber_fail(err, AMBER_ERR_MEMORY, "peaks: no memory for a buffer of %d MB",
-                          (int)(bytes >> 20));
+                          (int)(sections * SECTION_BYTES >> 20));
     struct amber_pool *pool;
     amber_status status = amber_pool_new(threads, &pool, err);
     if (status == AMBER_OK) {
         *int8_ops_per_second = best_multiply(pool, &job);
-        *read_bytes_per_second = best_read(pool, &job);
+        *read_bytes_per_second = best_read(pool, &job, buffer, sections);
         amber_pool_free(pool);
     }
-    amber_free(job.buffer);
+    amber_free(buffer);
     return status;
 }

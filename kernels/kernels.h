@@ -62,8 +62,7 @@ static inline int64_t amber_a8_stride(int k_pad) { return (k_pad / 64 | 1) * (in
 
 /* v = (float)acc[t,o] * (a.scale[t] * w.scale[o]), then v + a.shift[t] * w.sum[o] where there is a
  * shift, then v + bias[o] where there is one, then y[t,o] + v where add, each operation rounded to
- * float32: every column gives the same bits.
- * acc is exact. A NaN scale makes the outputs NaN. */
+ * float32: every column gives the same bits. acc is exact. A NaN scale makes the outputs NaN. */
 struct amber_gemm_w8a8 {
     struct amber_w8 w;
     struct amber_a8 a;
@@ -122,9 +121,9 @@ struct amber_kernels {
      * does one so small that 127/absmax overflows. A row that holds a NaN or an infinity gets scale
      * NaN, q = 0 and sum = 0, so that all it is multiplied into becomes NaN as in float arithmetic.
      * x [n]; q [k_pad], k_pad >= n. */
+    void (*quantize_row)(int8_t *q, float *scale, int32_t *sum, const float *x, int n, int k_pad);
     /* Zeroes what a sparsity pattern does not keep; see sparse.h. */
     amber_prune_fn prune;
-    void (*quantize_row)(int8_t *q, float *scale, int32_t *sum, const float *x, int n, int k_pad);
 
     /* Panels panel0..panel1-1 of all rows. rows == 1 is the decode GEMV, streaming each weight byte
      * once. */

@@ -1,9 +1,10 @@
 /* fuzz_gguf.c: any bytes as a GGUF file, read through every function, and as a tokenizer behind it.
  *
- * With libFuzzer (clang; AMBER_FUZZ in CMake, or by hand):
- *   clang -g -O1 -fsanitize=fuzzer,address,undefined -DAMBER_LIBFUZZER -Iengine -Ikernels \
- *       tests/fuzz_gguf.c engine/{gguf,dequant,common,unicode*,tok*}.c -lm -o fuzz_gguf
- *   python tests/make_fuzz_seeds.py seeds && ./fuzz_gguf -max_len=16384 corpus seeds
+ * With libFuzzer:
+ *   CC=clang cmake -S . -B build/fuzz -DAMBER_FUZZ=ON \
+ *       -DAMBER_SANITIZE=fuzzer-no-link,address,undefined && cmake --build build/fuzz -t fuzz_gguf
+ *   python tests/make_fuzz_seeds.py seeds && mkdir -p corpus
+ *   build/fuzz/fuzz_gguf -max_len=16384 -max_total_time=600 corpus seeds
  * Without it a program that runs the files it is given, or standard input. */
 #include "gguf_walk.h"
 #include "tokenizer.h"

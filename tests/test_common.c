@@ -5,8 +5,8 @@
 #include <stdlib.h>
 
 static void test_alloc(void) {
-    static const size_t sizes[] = {0, 1, 63, 64, 65, 4096, (8 << 20) - 1, 8 << 20, (8 << 20) + 5,
-                                   33 << 20};
+    static const size_t sizes[] = {
+        0, 1, 63, 64, 65, 4096, (8 << 20) - 1, 8 << 20, (8 << 20) + 5, 33 << 20};
     for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
         for (int round = 0; round < 2; round++) { /* the second may get the first's memory again */
             uint8_t *p = amber_alloc(sizes[i]);

@@ -15,7 +15,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 STORED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q5_1", "IQ4_NL")  # in the test data
 STORED += ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+STORED += ("IQ3_S",)
 READABLE = (*STORED, "I8", "Q4_1", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4")
+READABLE += ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 # Those of them that the installed package knows.
 KNOWN = [name for name in READABLE if name in GGMLQuantizationType.__members__]
 # Byte positions of the 16-bit scales of one block.
@@ -34,6 +36,12 @@ SCALES = {
     "IQ4_XS": [0],
     "TQ1_0": [52],
     "TQ2_0": [64],
+    "IQ1_S": [0],
+    "IQ2_XXS": [0],
+    "IQ2_XS": [0],
+    "IQ2_S": [0],
+    "IQ3_XXS": [0],
+    "IQ3_S": [0],
 }
 
 

@@ -39,7 +39,9 @@ static void put(struct image *m, const void *data, size_t n) {
     m->size += n;
 }
 
-static void put_uint(struct image *m, uint64_t v, size_t bytes) { put(m, &v, bytes); }
+static void put_uint(struct image *m, uint64_t v, size_t bytes) {
+    put(m, &v, bytes);
+}
 
 static void put_string(struct image *m, const char *s) {
     put_uint(m, strlen(s), 8);
@@ -84,11 +86,11 @@ static void put_tensor(struct image *m, const char *name, uint32_t type, uint32_
     *offset += (type_row_bytes(type, ne[0]) * rows + 31) / 32 * 32;
 }
 
-static const char *const numeric_keys[] = {"t.u8",  "t.i8",  "t.u16",  "t.i16", "t.u32", "t.i32",
+static const char *const numeric_keys[] = {"t.u8",  "t.i8",   "t.u16", "t.i16", "t.u32", "t.i32",
                                            "t.f32", "t.bool", "t.u64", "t.i64", "t.f64"};
 
-/* Keys of every type, arrays of every type, tensors of several; the last byte of the file belongs to
- * a tensor. */
+/* Keys of every type, arrays of every type, tensors of several; the last byte of the file belongs
+ * to a tensor. */
 static void build(struct image *m, uint32_t version) {
     memset(m, 0, sizeof *m);
     put(m, "GGUF", 4);
@@ -244,12 +246,16 @@ static void test_sound_file(uint32_t version) {
     }
     CHECK(cursor == kv->data + kv->size);
 
-    static const char *const texts[][2] = {
-        {"t.u8", "200"},      {"t.i16", "-300"},
-        {"t.f32", "-1.5"},    {"t.f64", "0.1"},
-        {"t.bool", "true"},   {"t.u64", "18446744073709551615"},
-        {"a.u8", "[u8 x 3]"}, {"a.str", "[string x 4]"},
-        {"t.i64", "-9223372036854775808"}, {"general.architecture", "llama"}};
+    static const char *const texts[][2] = {{"t.u8", "200"},
+                                           {"t.i16", "-300"},
+                                           {"t.f32", "-1.5"},
+                                           {"t.f64", "0.1"},
+                                           {"t.bool", "true"},
+                                           {"t.u64", "18446744073709551615"},
+                                           {"a.u8", "[u8 x 3]"},
+                                           {"a.str", "[string x 4]"},
+                                           {"t.i64", "-9223372036854775808"},
+                                           {"general.architecture", "llama"}};
     for (int i = 0; i < 10; i++) {
         char text[32];
         CHECK_EQ(gguf_format_value(gguf_find(file, texts[i][0]), text, sizeof text),
@@ -349,6 +355,7 @@ static const struct damage damages[] = {
     {"w.f32:ne0", 0, 8, UINT64_MAX, FORMAT, "below 2^63"},
     {"w.f32:ne0", 0, 8, UINT64_C(1) << 62, FORMAT, "below 2^63"}, /* times 4 bytes wraps to 0 */
     {"w.f32:ne0", 8, 8, UINT64_C(1) << 62, FORMAT, "below 2^63"},
+    {"w.f32:ne0", 8, 8, UINT64_C(1) << 60, FORMAT, "below 2^63"}, /* the bytes alone wrap */
     {"w.f16:ne0", 24, 8, UINT64_C(1) << 60, FORMAT, "below 2^63"},
     {"w.f32:ne0", 8, 8, 5, FORMAT, "\"w.f16\" inside \"w.f32\""},
     {"w.f32:ne0", 8, 8, UINT64_C(1) << 40, FORMAT, "incomplete download"},
@@ -429,10 +436,25 @@ static void test_every_word(void) {
     static struct image m;
     amber_error err;
     build(&m, 2);
-    static const uint64_t values[] = {0, 1, 2, 7, 12, 13, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF,
-                                      UINT64_C(1) << 32, UINT64_C(1) << 59, UINT64_C(1) << 60,
-                                      UINT64_C(1) << 61, UINT64_C(1) << 62, INT64_MAX,
-                                      UINT64_C(1) << 63, UINT64_MAX - 31, UINT64_MAX - 7, UINT64_MAX};
+    static const uint64_t values[] = {0,
+                                      1,
+                                      2,
+                                      7,
+                                      12,
+                                      13,
+                                      0x7FFFFFFF,
+                                      0x80000000,
+                                      0xFFFFFFFF,
+                                      UINT64_C(1) << 32,
+                                      UINT64_C(1) << 59,
+                                      UINT64_C(1) << 60,
+                                      UINT64_C(1) << 61,
+                                      UINT64_C(1) << 62,
+                                      INT64_MAX,
+                                      UINT64_C(1) << 63,
+                                      UINT64_MAX - 31,
+                                      UINT64_MAX - 7,
+                                      UINT64_MAX};
     for (size_t at = 4; at + 8 <= m.data_start; at++) {
         uint8_t was[8];
         memcpy(was, m.data + at, 8);
@@ -487,7 +509,7 @@ static void test_wrong_kinds(void) {
         {"\x80\2\x8a\nl\xfc\x9c\x46\xf9 j\xa8P\x19.", 15, "pickle"},
         {"\x1f\x8b\x08\0\0\0\0\0\0\3", 10, "gzip"},
         {"\x28\xb5\x2f\xfd\x24\0", 6, "zstd"},
-        {"\xfd" "7zXZ\0\0", 7, "xz"},
+        {"\3757zXZ\0\0", 7, "xz"},
         {"BZh91AY&SY", 0, "bzip2"},
         {"7z\xbc\xaf\x27\x1c\0\4", 8, "7z"},
         {"lmgg\0\0\0\0", 8, "ggml"},
@@ -496,7 +518,7 @@ static void test_wrong_kinds(void) {
         {"algg\1\0\0\0", 8, "ggla"},
         {"FUGG\0\0\0\3", 8, "byte-swapped"},
         {"\x89HDF\r\n\x1a\n", 0, "HDF5"},
-        {"\x7f" "ELF\2\1\1", 0, "program"},
+        {"\177ELF\2\1\1", 0, "program"},
         {"{\"error\": \"not found\"}", 0, "JSON"},
         {"\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", 16, "zero bytes"},
         {"Once upon a time", 0, "4f 6e 63 65"},
@@ -531,7 +553,8 @@ static void test_long_labels(void) {
     struct gguf_file *file;
     for (int shift = 0; shift < 3; shift++) {
         size_t n = 0;
-        while (n < 300) n += (size_t)snprintf(label + n, 8, n < (size_t)shift ? "x" : "\xe2\x82\xac");
+        while (n < 300)
+            n += (size_t)snprintf(label + n, 8, n < (size_t)shift ? "x" : "\xe2\x82\xac");
         strcpy(label + n, "-Q4_K_M.gguf");
         build(&m, 3);
         CHECK_EQ(gguf_parse(m.data, m.size, label, &file, &err), AMBER_OK);
@@ -572,6 +595,45 @@ static void test_long_names(void) {
         if (status) CHECK_STR(err.msg, "bytes \"kkkkkkkk");
     }
     free(data);
+}
+
+/* However much the file could hold, and before anything is allocated for them. */
+static void test_too_many_entries(void) {
+    const size_t size = (size_t)40 << 20;
+    const uint64_t too_many = (1 << 20) + 1;
+    uint8_t *data = calloc(1, size);
+    amber_error err;
+    if (!CHECK(data != NULL)) return;
+    memcpy(data, "GGUF\3", 5);
+    for (int at = 8; at <= 16; at += 8) {
+        memset(data + 8, 0, 16);
+        memcpy(data + at, &too_many, 8);
+        CHECK_EQ(try_bytes(data, size, LABEL, &err), FORMAT);
+        CHECK_STR(err.msg, "at most 1048576 keys and tensors");
+    }
+    free(data);
+}
+
+/* Dropping pages of a caller's memory would turn them into zeros. */
+static void test_drop_pages(void) {
+    static struct image m;
+    const uint64_t n = 64 << 10;
+    uint64_t offset = 0;
+    memset(&m, 0, sizeof m);
+    put(&m, "GGUF\3\0\0\0", 8), put_uint(&m, 1, 8), put_uint(&m, 0, 8);
+    put_tensor(&m, "w", TYPE_I8, 1, &n, &offset);
+    m.size = (m.size + 31) / 32 * 32;
+    uint8_t *data = amber_alloc(m.size + n);
+    struct gguf_file *file;
+    if (!CHECK(data != NULL)) return;
+    memcpy(data, m.data, m.size);
+    memset(data + m.size, 7, n);
+    if (CHECK(gguf_parse(data, m.size + n, LABEL, &file, NULL) == AMBER_OK)) {
+        gguf_drop_pages(file, file->tensors);
+        for (uint64_t i = 0; i < n; i += 512) CHECK_EQ(file->tensors[0].data[i], 7);
+        gguf_close(file);
+    }
+    amber_free(data);
 }
 
 /* ---- real files ---- */
@@ -627,6 +689,8 @@ int main(void) {
     test_wrong_kinds();
     test_long_labels();
     test_long_names();
+    test_too_many_entries();
+    test_drop_pages();
     test_open();
     return check_summary();
 }

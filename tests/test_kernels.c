@@ -96,6 +96,7 @@ static struct int8_case int8_case(int rows, int n_out, int n_in, int fill) {
     int64_t stride = amber_a8_stride(k_pad), ldy = n_out + 3;
     uint8_t *q = guarded((size_t)c.panels * 16 * k_pad);
     float *scale = guarded((size_t)c.panels * 64), *bias = guarded((size_t)c.panels * 64);
+    float *w_sum = uniforms(c.panels * 16);
     int8_t *x = guarded((size_t)(rows * stride));
     float *row_scale = guarded((size_t)rows * 4);
     int32_t *sum = guarded((size_t)rows * 4);
@@ -123,8 +124,20 @@ static struct int8_case int8_case(int rows, int n_out, int n_in, int fill) {
     }
     c.before = uniforms(rows * ldy);
     c.g = (struct amber_gemm_w8a8){
-        .w = {q, scale, random_bits() % 2 ? bias : NULL, NULL, n_out, n_in, k_pad},
-        .a = {x, row_scale, sum, NULL, rows, k_pad, stride},
+        .w = {.q = q,
+              .scale = scale,
+              .bias = random_bits() % 2 ? bias : NULL,
+              .sum = w_sum,
+              .n_out = n_out,
+              .n_in = n_in,
+              .k_pad = k_pad},
+        .a = {.q = x,
+              .scale = row_scale,
+              .sum = sum,
+              .shift = random_bits() % 3 ? NULL : uniforms(rows),
+              .rows = rows,
+              .k_pad = k_pad,
+              .stride = stride},
         .y = guarded((size_t)(rows * ldy) * 4),
         .ldy = ldy,
         .add = random_bits() % 2,
@@ -141,6 +154,7 @@ static void int8_oracle(const struct int8_case *c, float *y) {
             for (int k = 0; k < g->w.n_in; k++)
                 acc += (int)c->w[(int64_t)o * g->w.n_in + k] * g->a.q[t * g->a.stride + k];
             float v = (float)acc * (g->a.scale[t] * g->w.scale[o]);
+            if (g->a.shift) v += g->a.shift[t] * g->w.sum[o];
             if (g->w.bias) v += g->w.bias[o];
             float *to = y + t * g->ldy + o;
             *to = g->add ? *to + v : v;

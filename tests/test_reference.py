@@ -6,10 +6,9 @@ logits and the log-sum-exp.
 
 import json
 
+import amber
 import numpy as np
 import pytest
-
-import amber
 
 # float32 with a float16 KV cache: a cached value is off by up to 2^-11 = 4.9e-4 of itself, and
 # attention and the layers behind it do not amplify that in norm; float32 sums of a few thousand

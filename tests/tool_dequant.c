@@ -4,8 +4,8 @@
  *   tool_dequant N              blocks of type N on stdin, float32 on stdout
  *   tool_dequant to-f16         float32 on stdin, halves on stdout
  *
- * The input is read to an odd address, since blocks of a file may have any alignment, and lies at the
- * end of its buffer, where an address checker sees a read beyond it. */
+ * The input is read to an odd address, since blocks of a file may have any alignment, and lies at
+ * the end of its buffer, where an address checker sees a read beyond it. */
 #include "dequant.h"
 
 #include <stdio.h>

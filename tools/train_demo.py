@@ -142,10 +142,9 @@ class Stream:
 
     def row(self, start, n, aligned):
         """BOS and n tokens from `start` on, or from the next paragraph on if `aligned`: [n + 1]."""
-        if not aligned:
-            return np.concatenate(([BOS], self.ids[start : start + n]))
         p = int(np.searchsorted(self.end, start)) + 1  # the paragraph behind the one at `start`
-        p = min(p, len(self.end) - 1)
+        if not aligned or p >= len(self.end) or self.end[p] + n > len(self.ids):
+            return np.concatenate(([BOS], self.ids[start : start + n]))
         head = self.opening[self.opening_at[p] : self.opening_at[p + 1]]
         rest = self.ids[self.end[p] : self.end[p] + n]
         return np.concatenate(([BOS], head, rest))[: n + 1]
@@ -153,7 +152,9 @@ class Stream:
     def batches(self, rows, n, rng):
         """Endless [rows, n + 1] batches; each pass over the stream cuts and shuffles anew."""
         while True:
-            starts = np.arange(rng.integers(n), len(self.ids) - 3 * n, n)
+            starts = np.arange(rng.integers(n), len(self.ids) - n, n)
+            if len(starts) < rows:
+                raise SystemExit("error: the corpus is too small to train on")
             rng.shuffle(starts)
             for i in range(0, len(starts) - rows + 1, rows):
                 batch = [self.row(s, n, rng.random() < 0.5) for s in starts[i : i + rows]]
@@ -381,8 +382,8 @@ def export(model, tokenizer, path, kind, license_name):
     """Write a GGUF file: matrices as `kind`, norms as F32. The file appears whole or not at all."""
     c = model.c
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    w = gguf.GGUFWriter(partial, "llama")
+    unfinished = path.with_name(path.name + ".tmp")
+    w = gguf.GGUFWriter(unfinished, "llama")
     w.add_name("Amber demo stories")
     w.add_description(
         "A small English story model trained from scratch on public-domain children's books. "
@@ -424,7 +425,7 @@ def export(model, tokenizer, path, kind, license_name):
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
-    os.replace(partial, path)
+    os.replace(unfinished, path)
 
 
 # ---------------------------------------------------------------------------------------- main

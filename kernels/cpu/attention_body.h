@@ -23,6 +23,7 @@ enum {
     MOST_QUERIES = 128,
     MOST_OUTPUT = 16384 /* floats of sums of a unit, 64 KB */
 };
+static const float SLACK = 8; /* weights stay below exp(8) */
 
 /* The scratch. Sizes are the largest: AMBER_ATTENTION_SCRATCH adds them up. */
 struct work {
@@ -31,7 +32,8 @@ struct work {
     float queries[MOST_OUTPUT];          /* [queries, head_dim], scaled */
     float sums[MOST_OUTPUT];             /* [queries, padded] */
     float scores[TILE_Q * KEYS];
-    float largest[MOST_QUERIES], total[MOST_QUERIES];
+    float reference[MOST_QUERIES];
+    float total[MOST_QUERIES * VL];
 };
 _Static_assert(sizeof(struct work) <= AMBER_ATTENTION_SCRATCH, "attention scratch");
 
@@ -157,6 +159,12 @@ static void load_values(const struct amber_attention *a, int64_t first, int n, i
                     cached(a->v, a->kv_f32, (first + j) * d + i, d - i));
 }
 
+static inline float expf_of(float x) { /* one lane: the same bits as elsewhere */
+    float lanes[VL];
+    v_store(lanes, v_exp(v_set1(x)));
+    return lanes[0];
+}
+
 /* softcap * tanh(s / softcap) = softcap * (1 - 2 / (exp(2 s / softcap) + 1)). */
 static inline vf capped(vf s, float softcap) {
     vf e = v_exp(v_mul(s, v_set1(2 / softcap)));
@@ -164,24 +172,34 @@ static inline vf capped(vf s, float softcap) {
     return v_mul(v_set1(softcap), v_sub(one, v_div(two, v_add(e, one))));
 }
 
-/* Turns a query's scores [KEYS] into weights, of which low..high-1 count. Returns the new maximum. */
-static inline float weigh(float *s, int low, int high, float softcap, float before, float *added) {
+/* Turns a query's scores [n] (n a multiple of VL), of which low..high-1 count, into weights
+ * exp(score - reference) and adds them to the total, lane by lane. The reference is a score that was
+ * the largest once: it moves only when one is larger by more than SLACK, which keeps the weights far
+ * from overflow and mostly spares the search for the largest. Returns by how much what has been summed
+ * under the old reference must shrink. */
+static inline float weigh(float *s, int n, int low, int high, float softcap, float *reference,
+                          float *total) {
     if (softcap > 0)
-        for (int j = 0; j < KEYS; j += VL) v_store(s + j, capped(v_load(s + j), softcap));
+        for (int j = 0; j < n; j += VL) v_store(s + j, capped(v_load(s + j), softcap));
     for (int j = 0; j < low; j++) s[j] = -INFINITY;
-    for (int j = high; j < KEYS; j++) s[j] = -INFINITY;
-    vf m = v_load(s);
-    for (int j = VL; j < KEYS; j += VL) m = v_max(m, v_load(s + j));
-    float largest = v_largest(m);
-    if (!(largest > before)) largest = before;
-    vf shift = v_set1(largest), sum = v_set1(0);
-    for (int j = 0; j < KEYS; j += VL) {
+    for (int j = high; j < n; j++) s[j] = -INFINITY;
+    vf largest = v_load(s), sum = v_load(total);
+    for (int j = VL; j < n; j += VL) largest = v_max(largest, v_load(s + j));
+    float shrink = 1.0f;
+    if (v_any_greater(largest, v_set1(*reference + SLACK))) {
+        float before = *reference;
+        *reference = v_largest(largest);
+        shrink = expf_of(before - *reference);
+        sum = v_mul(sum, v_set1(shrink));
+    }
+    vf shift = v_set1(*reference);
+    for (int j = 0; j < n; j += VL) {
         vf e = v_exp(v_sub(v_load(s + j), shift));
         sum = v_add(sum, e);
         v_store(s + j, e);
     }
-    *added = v_sum(sum);
-    return largest;
+    v_store(total, sum);
+    return shrink;
 }
 
 /* Rows row0..row0+rows-1, query heads head0..head0+heads-1, all of cache head kv_head. */
@@ -191,9 +209,9 @@ static void attend(const struct amber_attention *a, const struct cut *c, int kv_
     for (int q = 0; q < n_queries; q++) {
         int64_t at = ((int64_t)(row0 + q / heads) * a->n_head + head0 + q % heads) * d;
         for (int i = 0; i < d; i++) w->queries[q * d + i] = a->q[at + i] * a->scale;
-        w->largest[q] = -FLT_MAX;
-        w->total[q] = 0;
+        w->reference[q] = -FLT_MAX;
     }
+    memset(w->total, 0, (size_t)n_queries * VL * sizeof(float));
     memset(w->sums, 0, (size_t)n_queries * c->padded * sizeof(float));
     const int last = first_pos + rows - 1;
     const int window = a->window <= last ? a->window : 0; /* one that reaches back to 0 is none */
@@ -211,28 +229,22 @@ static void attend(const struct amber_attention *a, const struct cut *c, int kv_
             int tile = end * heads - q < TILE_Q ? end * heads - q : TILE_Q;
             int seen = first_pos + (q + tile - 1) / heads - p0 + 1; /* by the tile's last row */
             if (seen > KEYS) seen = KEYS;
-            multiply(w->scores, KEYS, w->queries + q * d, d, w->keys, KEYS, d, NULL, tile,
-                     (seen + VL - 1) / VL);
-            float shrink[VL >= 8 ? VL : 8], added[TILE_Q];
+            const int vectors = (seen + VL - 1) / VL;
+            multiply(w->scores, KEYS, w->queries + q * d, d, w->keys, KEYS, d, NULL, tile, vectors);
+            float shrink[TILE_Q];
             for (int r = 0; r < tile; r++) {
                 int pos = first_pos + (q + r) / heads;
-                int low = window > 0 ? pos - window + 1 - p0 : 0, high = pos - p0 + 1;
-                float before = w->largest[q + r];
-                w->largest[q + r] = weigh(w->scores + r * KEYS, low, high < KEYS ? high : KEYS,
-                                          a->softcap, before, &added[r]);
-                shrink[r] = before - w->largest[q + r];
+                int low = window > 0 ? pos - window + 1 - p0 : 0;
+                shrink[r] = weigh(w->scores + r * KEYS, vectors * VL, low, pos - p0 + 1, a->softcap,
+                                  &w->reference[q + r], w->total + (q + r) * VL);
             }
-            for (int r = tile; r < (int)(sizeof shrink / sizeof shrink[0]); r++) shrink[r] = 0;
-            for (int r = 0; r < tile; r += VL) v_store(shrink + r, v_exp(v_load(shrink + r)));
-            for (int r = 0; r < tile; r++)
-                w->total[q + r] = w->total[q + r] * shrink[r] + added[r];
             multiply(w->sums + (int64_t)q * c->padded, c->padded, w->scores, KEYS, w->values,
                      c->padded, seen, shrink, tile, c->padded / VL);
         }
     }
     for (int q = 0; q < n_queries; q++) {
         float *out = a->out + ((int64_t)(row0 + q / heads) * a->n_head + head0 + q % heads) * d;
-        float inverse = 1.0f / w->total[q];
+        float inverse = 1.0f / v_sum(v_load(w->total + q * VL));
         for (int i = 0; i < d; i++) out[i] = w->sums[(int64_t)q * c->padded + i] * inverse;
     }
 }

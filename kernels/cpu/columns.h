@@ -22,7 +22,7 @@
 
 /* Bytes of scratch of every vector attention: 64 keys and values in float32, queries and sums
  * (64 KB each), and small change; see attention_body.h. */
-#define AMBER_ATTENTION_SCRATCH (2 * 64 * AMBER_HEAD_MAX * 4 + 2 * 65536 + 4096)
+#define AMBER_ATTENTION_SCRATCH (2 * 64 * AMBER_HEAD_MAX * 4 + 2 * 65536 + 16384)
 
 
 #if defined(__x86_64__)

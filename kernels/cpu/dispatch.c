@@ -13,6 +13,7 @@
         k->rope = amber_rope_##isa;                                                                \
         k->f16_from_f32 = amber_f16_from_f32_##isa;                                                \
         k->quantize_row = amber_quantize_row_##isa;                                                \
+        k->prune = amber_prune_##isa;                                                              \
         k->gemm_f32 = amber_gemm_f32_##isa;                                                        \
         k->attention_units = amber_attention_units_##isa;                                          \
         k->attention = amber_attention_##isa;                                                      \
@@ -47,6 +48,13 @@ static bool kernels_avx512vnni(struct amber_kernels *k) {
     k->gemm_w8a8 = amber_gemm_w8a8_avx512vnni;
     return true;
 }
+
+static bool kernels_amx(struct amber_kernels *k) {
+    if (!amber_cpu_detect().amx || !kernels_avx512vnni(k)) return false;
+    k->isa = "amx";
+    k->gemm_w8a8 = amber_gemm_w8a8_amx;
+    return true;
+}
 #endif
 
 static const struct column {
@@ -54,6 +62,7 @@ static const struct column {
     bool (*fill)(struct amber_kernels *k);
 } columns[] = {
 #if defined(__x86_64__)
+    {"amx", kernels_amx},
     {"avx512vnni", kernels_avx512vnni},
     {"avxvnni", kernels_avxvnni},
     {"avx2", kernels_avx2},

@@ -22,6 +22,9 @@ static inline void finish(const struct amber_gemm_w8a8 *g, int row, int o, __m25
     int left = g->w.n_out - o;
     __m256 scale = _mm256_mul_ps(_mm256_set1_ps(g->a.scale[row]), _mm256_loadu_ps(g->w.scale + o));
     __m256 v = _mm256_mul_ps(_mm256_cvtepi32_ps(acc), scale);
+    if (g->a.shift)
+        v = _mm256_add_ps(v, _mm256_mul_ps(_mm256_set1_ps(g->a.shift[row]),
+                                           _mm256_loadu_ps(g->w.sum + o)));
     if (g->w.bias) v = _mm256_add_ps(v, _mm256_loadu_ps(g->w.bias + o));
     if (left >= 8) {
         if (g->add) v = _mm256_add_ps(_mm256_loadu_ps(y), v);

@@ -2,35 +2,27 @@
  *
  * A weight panel is already a stack of B tiles: 64 inputs of 16 outputs are 16 rows of 64 bytes.
  * Activations are A tiles as they lie, 16 rows with the row stride. tdpbsud multiplies signed A by
- * unsigned B. A step of 2 x 2 tiles (32 rows x 2 panels) loads four tiles for four products. */
+ * unsigned B. A step of 32 rows x 2 panels loads four tiles for four products of 16 cycles: from L1
+ * that keeps the multiplier busy, from L2 it would not. So the inputs are cut into blocks of 512,
+ * whose two panels (16 KB) and 32 rows (16 KB) stay in L1; the sums of a row block wait in between
+ * in a buffer on the stack. */
 #if defined(__x86_64__)
 #include "columns.h"
 
 #include <immintrin.h>
-#include <string.h>
 
-#ifndef KB
-#define KB 512
-#endif
-#ifndef NP
-#define NP 4
-#endif
-#ifndef SW
-#define SW 1000000
-#endif
-#ifndef RB
-#define RB 256
-#endif
 enum {
+    FEW_ROWS = 16, /* up to here the vector kernel is faster: both wait for the weights */
     TILE_ROWS = 16,
-    BLOCK_ROWS = 32,
-    FEW_ROWS = 4, /* up to here the vector kernel is as fast */
-    PANELS = NP,
-    K_BLOCK = KB,
-    ROW_BLOCK = RB
+    STEP_ROWS = 32,
+    PANELS = 2,
+    K_BLOCK = 512,
+    ROW_BLOCK = 256,
+    SUMS = TILE_ROWS * AMBER_PANEL, /* of one tile */
+    SWEEP_BYTES = 1 << 20           /* activations that are passed over per sweep of the weights */
 };
 
-/* Tiles 0..3 are sums [row half * 2 + panel], 4 and 5 activations, 6 and 7 weights. */
+/* Tiles 0..3 are sums [half * 2 + panel], 4 and 5 the halves of the rows, 6 and 7 the weights. */
 static void configure(int rows) {
     struct {
         uint8_t palette, start_row, reserved[14];
@@ -43,30 +35,39 @@ static void configure(int rows) {
         config.rows[i] = TILE_ROWS;
     }
     config.rows[0] = config.rows[1] = config.rows[4] = (uint8_t)upper;
-    config.rows[2] = config.rows[3] = config.rows[5] = (uint8_t)(lower ? lower : 1);
+    if (lower) config.rows[2] = config.rows[3] = config.rows[5] = (uint8_t)lower;
     _tile_loadconfig(&config);
 }
 
-/* Sums of a step: [half, panel, 16 rows, 16 outputs]. */
-enum { STEP_SUMS = 4 * TILE_ROWS * 16 };
+/* One block of inputs for up to 32 rows and 2 panels. */
+struct step {
+    const uint8_t *w;
+    const int8_t *x;
+    int64_t panel_bytes, stride;
+    int32_t *sums; /* [half, panel, 16 rows, 16 outputs] */
+    int groups;    /* of 64 inputs */
+    bool first;
+    const uint8_t *ahead; /* weights that the next panels will need, fetched to L2: */
+    int lines;            /* 64-byte lines per group */
+};
 
-static inline __attribute__((always_inline)) void step(const uint8_t *w, int64_t panel_bytes,
-                                                       const int8_t *x, int64_t stride, int groups,
-                                                       int32_t *sums, bool first, const uint8_t *ahead, int lines,
-                                                       const int halves, const int panels) {
-    int32_t *s1 = sums + 256, *s2 = sums + 512, *s3 = sums + 768;
-    if (first) {
+static inline __attribute__((always_inline)) void step(const struct step *s, const int halves,
+                                                       const int panels) {
+    const uint8_t *w = s->w, *ahead = s->ahead;
+    const int8_t *x = s->x;
+    const int64_t panel_bytes = s->panel_bytes, stride = s->stride;
+    if (s->first) {
         _tile_zero(0);
         if (panels > 1) _tile_zero(1);
         if (halves > 1) _tile_zero(2);
         if (halves > 1 && panels > 1) _tile_zero(3);
     } else {
-        _tile_loadd(0, sums, 64);
-        if (panels > 1) _tile_loadd(1, s1, 64);
-        if (halves > 1) _tile_loadd(2, s2, 64);
-        if (halves > 1 && panels > 1) _tile_loadd(3, s3, 64);
+        _tile_loadd(0, s->sums, 64);
+        if (panels > 1) _tile_loadd(1, s->sums + SUMS, 64);
+        if (halves > 1) _tile_loadd(2, s->sums + 2 * SUMS, 64);
+        if (halves > 1 && panels > 1) _tile_loadd(3, s->sums + 3 * SUMS, 64);
     }
-    for (int i = 0; i < groups; i++) {
+    for (int i = 0; i < s->groups; i++) {
         _tile_loadd(6, w, 64);
         _tile_loadd(4, x, stride);
         _tile_dpbsud(0, 4, 6);
@@ -79,87 +80,96 @@ static inline __attribute__((always_inline)) void step(const uint8_t *w, int64_t
             _tile_dpbsud(2, 5, 6);
             if (panels > 1) _tile_dpbsud(3, 5, 7);
         }
-        for (int l = 0; l < lines; l++, ahead += 64) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
-        w += 1024;
+        for (int l = 0; l < s->lines; l++, ahead += 64)
+            _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+        w += 64 * AMBER_PANEL;
         x += 64;
     }
-    _tile_stored(0, sums, 64);
-    if (panels > 1) _tile_stored(1, s1, 64);
-    if (halves > 1) _tile_stored(2, s2, 64);
-    if (halves > 1 && panels > 1) _tile_stored(3, s3, 64);
+    _tile_stored(0, s->sums, 64);
+    if (panels > 1) _tile_stored(1, s->sums + SUMS, 64);
+    if (halves > 1) _tile_stored(2, s->sums + 2 * SUMS, 64);
+    if (halves > 1 && panels > 1) _tile_stored(3, s->sums + 3 * SUMS, 64);
 }
 
-static void finish(const struct amber_gemm_w8a8 *g, int row, int rows, int panel, const int32_t *sums) {
+static void finish(const struct amber_gemm_w8a8 *g, int row, int rows, int panel,
+                   const int32_t *sums) {
     const int o = panel * AMBER_PANEL, left = g->w.n_out - o;
-    const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
-    const __m512 scale = _mm512_loadu_ps(g->w.scale + o);
-    const __m512 bias = g->w.bias ? _mm512_loadu_ps(g->w.bias + o) : _mm512_setzero_ps();
+    const __mmask16 exist = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+    const __m512 scale = _mm512_loadu_ps(g->w.scale + o), none = _mm512_setzero_ps();
+    const __m512 bias = g->w.bias ? _mm512_loadu_ps(g->w.bias + o) : none;
+    const __m512 w_sum = g->a.shift ? _mm512_loadu_ps(g->w.sum + o) : none;
     float *y = g->y + row * g->ldy + o;
-    for (int r = 0; r < rows; r++, y += g->ldy, sums += 16) {
+    for (int r = 0; r < rows; r++, y += g->ldy, sums += AMBER_PANEL) {
+        /* The weights are stored as w + 128: take 128 * sum(x) off. */
         __m512i acc = _mm512_sub_epi32(_mm512_load_si512(sums),
                                        _mm512_set1_epi32(128 * g->a.sum[row + r]));
         __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc),
                                  _mm512_mul_ps(_mm512_set1_ps(g->a.scale[row + r]), scale));
+        if (g->a.shift)
+            v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_set1_ps(g->a.shift[row + r]), w_sum));
         if (g->w.bias) v = _mm512_add_ps(v, bias);
-        if (g->add) v = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y), v);
-        _mm512_mask_storeu_ps(y, mask, v);
+        if (g->add) v = _mm512_add_ps(_mm512_maskz_loadu_ps(exist, y), v);
+        _mm512_mask_storeu_ps(y, exist, v);
     }
 }
 
-static void block(const struct amber_gemm_w8a8 *g, int panel, int panels, int row0, int row1, bool last_rows) {
-    _Alignas(64) int32_t sums[ROW_BLOCK / BLOCK_ROWS * STEP_SUMS * (PANELS / 2)];
-    const int64_t stride = g->a.stride, panel_bytes = (int64_t)g->w.k_pad * AMBER_PANEL;
-    const int blocks = (row1 - row0 + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const int lines = last_rows ? (8 * PANELS + blocks - 1) / blocks : 0;
-    for (int k0 = 0; k0 < g->w.k_pad; k0 += K_BLOCK) {
-        int width = g->w.k_pad - k0 < K_BLOCK ? g->w.k_pad - k0 : K_BLOCK;
-        const uint8_t *w = g->w.q + panel * panel_bytes + (int64_t)k0 * AMBER_PANEL;
-        int32_t *s = sums;
-        int order = 0;
-        for (int row = row0; row < row1; row += BLOCK_ROWS) {
-            int rows = row1 - row < BLOCK_ROWS ? row1 - row : BLOCK_ROWS;
-            const int8_t *x = g->a.q + row * stride + k0;
-            if (rows < BLOCK_ROWS) configure(rows);
-            for (int p = 0; p < panels; p += 2, s += STEP_SUMS, order++) {
-                const uint8_t *wp = w + p * panel_bytes;
-                int part = order * (width / 64) * lines * 64; /* bytes */
-                const uint8_t *ahead = w + PANELS * panel_bytes + part / (width * 16) * panel_bytes + part % (width * 16);
-                if (rows <= TILE_ROWS) {
-                    if (panels - p == 1) {
-                        step(wp, panel_bytes, x, stride, width / 64, s, k0 == 0, ahead, lines, 1, 1);
-                    } else {
-                        step(wp, panel_bytes, x, stride, width / 64, s, k0 == 0, ahead, lines, 1, 2);
-                    }
-                } else if (panels - p == 1) {
-                    step(wp, panel_bytes, x, stride, width / 64, s, k0 == 0, ahead, lines, 2, 1);
-                } else {
-                    step(wp, panel_bytes, x, stride, width / 64, s, k0 == 0, ahead, lines, 2, 2);
-                }
-                if (k0 + width < g->w.k_pad) continue;
-                for (int half = 0; half < 2; half++) {
-                    int n = rows - half * TILE_ROWS < TILE_ROWS ? rows - half * TILE_ROWS : TILE_ROWS;
-                    for (int q = 0; q < 2 && q < panels - p && n > 0; q++)
-                        finish(g, row + half * TILE_ROWS, n, panel + p + q, s + (half * 2 + q) * 256);
-                }
+/* Rows row0..row1-1 (at most ROW_BLOCK) of one or two panels. */
+static void block(const struct amber_gemm_w8a8 *g, int panel, int panels, int row0, int row1) {
+    _Alignas(64) int32_t sums[ROW_BLOCK / STEP_ROWS * 4 * SUMS];
+    const int k_pad = g->w.k_pad, steps = (row1 - row0 + STEP_ROWS - 1) / STEP_ROWS;
+    struct step s = {.panel_bytes = (int64_t)k_pad * AMBER_PANEL, .stride = g->a.stride};
+    for (int k0 = 0; k0 < k_pad; k0 += K_BLOCK) {
+        const int width = k_pad - k0 < K_BLOCK ? k_pad - k0 : K_BLOCK;
+        const bool last = k0 + width == k_pad;
+        s.first = k0 == 0;
+        s.groups = width / 64;
+        s.w = g->w.q + panel * s.panel_bytes + (int64_t)k0 * AMBER_PANEL;
+        s.lines = (TILE_ROWS * PANELS + steps - 1) / steps;
+        for (int i = 0; i < steps; i++) {
+            const int row = row0 + i * STEP_ROWS;
+            const int rows = row1 - row < STEP_ROWS ? row1 - row : STEP_ROWS;
+            /* This step's share of the same block of the next panels. */
+            int64_t share = (int64_t)i * s.groups * s.lines * 64, panel_part = width * AMBER_PANEL;
+            s.ahead = s.w + (PANELS + share / panel_part) * s.panel_bytes + share % panel_part;
+            s.x = g->a.q + row * s.stride + k0;
+            s.sums = sums + i * 4 * SUMS;
+            if (last) { /* the results' lines arrive while the sums grow */
+                for (int r = 0; r < rows; r++)
+                    for (int p = 0; p < panels; p++)
+                        __builtin_prefetch(g->y + (row + r) * g->ldy + (panel + p) * AMBER_PANEL, 1);
             }
-            if (rows < BLOCK_ROWS) configure(BLOCK_ROWS);
+            if (rows < STEP_ROWS) configure(rows);
+            switch ((rows > TILE_ROWS) * 2 + panels) {
+            case 1: step(&s, 1, 1); break;
+            case 2: step(&s, 1, 2); break;
+            case 3: step(&s, 2, 1); break;
+            default: step(&s, 2, 2);
+            }
+            if (rows < STEP_ROWS) configure(STEP_ROWS);
+            for (int t = 0; last && t < 4; t++) {
+                int half_row = t / 2 * TILE_ROWS, p = t % 2;
+                int n = rows - half_row < TILE_ROWS ? rows - half_row : TILE_ROWS;
+                if (n > 0 && p < panels) finish(g, row + half_row, n, panel + p, s.sums + t * SUMS);
+            }
         }
     }
 }
 
 void amber_gemm_w8a8_amx(const struct amber_gemm_w8a8 *g, int panel0, int panel1) {
-    if (g->a.rows <= FEW_ROWS) {
+    const int rows = g->a.rows;
+    if (rows <= FEW_ROWS) {
         amber_gemm_w8a8_avx512vnni(g, panel0, panel1);
         return;
     }
-    configure(BLOCK_ROWS);
-    int sweep = (int)(SW / g->a.stride) / 32 * 32; if (sweep < 32) sweep = 32;
-    for (int s0 = 0; s0 < g->a.rows; s0 += sweep) {
-        int s1 = g->a.rows - s0 < sweep ? g->a.rows : s0 + sweep;
+    int sweep = (int)(SWEEP_BYTES / g->a.stride) / STEP_ROWS * STEP_ROWS;
+    if (sweep < STEP_ROWS) sweep = STEP_ROWS;
+    configure(STEP_ROWS);
+    for (int row0 = 0; row0 < rows; row0 += sweep) {
+        const int row1 = rows - row0 < sweep ? rows : row0 + sweep;
         for (int panel = panel0; panel < panel1; panel += PANELS)
-            for (int row = s0; row < s1; row += ROW_BLOCK)
-                block(g, panel, panel1 - panel < PANELS ? panel1 - panel : PANELS, row,
-                      s1 - row < ROW_BLOCK ? s1 : row + ROW_BLOCK, row + ROW_BLOCK >= s1);
+            for (int row = row0; row < row1; row += ROW_BLOCK)
+                block(g, panel, panel1 - panel < PANELS ? 1 : PANELS, row,
+                      row1 - row < ROW_BLOCK ? row1 : row + ROW_BLOCK);
     }
     _tile_release();
 }

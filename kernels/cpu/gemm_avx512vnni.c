@@ -35,17 +35,30 @@ struct tile {
     bool first, last;       /* block of inputs */
 };
 
-static inline __mmask16 existing(int left) {
-    return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+/* What the results of a panel have in common. */
+struct outputs {
+    __mmask16 exist;
+    __m512 scale, sum, bias;
+};
+
+static inline struct outputs outputs_of(const struct amber_gemm_w8a8 *g, int panel) {
+    const int o = panel * AMBER_PANEL, left = g->w.n_out - o;
+    struct outputs u = {.exist = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1)};
+    u.scale = _mm512_loadu_ps(g->w.scale + o);
+    u.sum = g->a.shift ? _mm512_loadu_ps(g->w.sum + o) : _mm512_setzero_ps();
+    u.bias = g->w.bias ? _mm512_loadu_ps(g->w.bias + o) : _mm512_setzero_ps();
+    return u;
 }
 
-static inline void finish(const struct amber_gemm_w8a8 *g, float *y, __mmask16 mask, float row_scale,
-                          __m512 scale, __m512 bias, __m512i acc) {
+static inline void finish(const struct amber_gemm_w8a8 *g, const struct outputs *u, int row,
+                          int panel, __m512i acc) {
+    float *y = g->y + row * g->ldy + panel * AMBER_PANEL;
     __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc),
-                             _mm512_mul_ps(_mm512_set1_ps(row_scale), scale));
-    if (g->w.bias) v = _mm512_add_ps(v, bias);
-    if (g->add) v = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y), v);
-    _mm512_mask_storeu_ps(y, mask, v);
+                             _mm512_mul_ps(_mm512_set1_ps(g->a.scale[row]), u->scale));
+    if (g->a.shift) v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_set1_ps(g->a.shift[row]), u->sum));
+    if (g->w.bias) v = _mm512_add_ps(v, u->bias);
+    if (g->add) v = _mm512_add_ps(_mm512_maskz_loadu_ps(u->exist, y), v);
+    _mm512_mask_storeu_ps(y, u->exist, v);
 }
 
 /* The tile with constant sizes. The accumulators must be local to the function that loops: as an
@@ -104,14 +117,9 @@ static inline __attribute__((always_inline)) void tile_of(const struct tile *t, 
     }
 #pragma GCC unroll 4
     for (int p = 0; p < panels; p++) {
-        const int o = (t->panel + p) * AMBER_PANEL;
-        const __m512 scale = _mm512_loadu_ps(g->w.scale + o);
-        const __m512 bias = g->w.bias ? _mm512_loadu_ps(g->w.bias + o) : _mm512_setzero_ps();
-        const __mmask16 mask = existing(g->w.n_out - o);
-        float *y = g->y + t->row * g->ldy + o;
+        const struct outputs u = outputs_of(g, t->panel + p);
 #pragma GCC unroll 6
-        for (int r = 0; r < rows; r++, y += g->ldy)
-            finish(g, y, mask, g->a.scale[t->row + r], scale, bias, acc[r][p]);
+        for (int r = 0; r < rows; r++) finish(g, &u, t->row + r, t->panel + p, acc[r][p]);
     }
 }
 
@@ -155,10 +163,8 @@ static void one_row(const struct amber_gemm_w8a8 *g, int panel0, int panel1) {
             a2 = _mm512_dpbusd_epi32(a2, _mm512_load_si512(w + 128), _mm512_set1_epi32(x[2]));
             a3 = _mm512_dpbusd_epi32(a3, _mm512_load_si512(w + 192), _mm512_set1_epi32(x[3]));
         }
-        const int o = panel * AMBER_PANEL;
-        finish(g, g->y + o, existing(g->w.n_out - o), g->a.scale[0],
-               _mm512_loadu_ps(g->w.scale + o),
-               g->w.bias ? _mm512_loadu_ps(g->w.bias + o) : _mm512_setzero_ps(),
+        const struct outputs u = outputs_of(g, panel);
+        finish(g, &u, 0, panel,
                _mm512_add_epi32(_mm512_add_epi32(a0, a1), _mm512_add_epi32(a2, a3)));
     }
 }

@@ -7,6 +7,7 @@
 static int64_t dot(int64_t steps) {
     __m256i a = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
     __m256i b[6], sum[6];
+#pragma GCC unroll 32
     for (int i = 0; i < 6; i++) {
         b[i] = _mm256_set1_epi8((char)i);
         sum[i] = _mm256_setzero_si256();
@@ -15,11 +16,13 @@ static int64_t dot(int64_t steps) {
         /* Operands that the compiler takes for new each round: nothing can be moved out. */
         __asm__ volatile(""
                          : "+x"(b[0]), "+x"(b[1]), "+x"(b[2]), "+x"(b[3]), "+x"(b[4]), "+x"(b[5]));
+#pragma GCC unroll 32
         for (int i = 0; i < 6; i++) {
             __m256i pairs = _mm256_maddubs_epi16(a, b[i]);
             sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(pairs, ones));
         }
     }
+#pragma GCC unroll 32
     for (int i = 0; i < 6; i++) __asm__ volatile("" : : "x"(sum[i]));
     return steps * 6 * 32 * 2;
 }

@@ -6,11 +6,18 @@
 
 static int64_t dot(int64_t steps) {
     __m256i a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(5), sum[12];
-    for (int i = 0; i < 12; i++) sum[i] = _mm256_setzero_si256();
+    /* Sums that the compiler must take for different, or it would compute one. */
+#pragma GCC unroll 32
+    for (int i = 0; i < 12; i++) {
+        sum[i] = _mm256_setzero_si256();
+        __asm__ volatile("" : "+x"(sum[i]));
+    }
     for (int64_t s = 0; s < steps; s++) {
+#pragma GCC unroll 32
         for (int i = 0; i < 12; i++) sum[i] = _mm256_dpbusd_avx_epi32(sum[i], a, b);
         __asm__ volatile("" : "+x"(a), "+x"(b));
     }
+#pragma GCC unroll 32
     for (int i = 0; i < 12; i++) __asm__ volatile("" : : "x"(sum[i]));
     return steps * 12 * 32 * 2;
 }

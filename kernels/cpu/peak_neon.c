@@ -7,11 +7,18 @@
 static int64_t dot(int64_t steps) {
     int8x16_t a = vdupq_n_s8(3), b = vdupq_n_s8(5);
     int32x4_t sum[16];
-    for (int i = 0; i < 16; i++) sum[i] = vdupq_n_s32(0);
+    /* Sums that the compiler must take for different, or it would compute one. */
+#pragma GCC unroll 32
+    for (int i = 0; i < 16; i++) {
+        sum[i] = vdupq_n_s32(0);
+        __asm__ volatile("" : "+w"(sum[i]));
+    }
     for (int64_t s = 0; s < steps; s++) {
+#pragma GCC unroll 32
         for (int i = 0; i < 16; i++) sum[i] = vdotq_s32(sum[i], a, b);
         __asm__ volatile("" : "+w"(a), "+w"(b));
     }
+#pragma GCC unroll 32
     for (int i = 0; i < 16; i++) __asm__ volatile("" : : "w"(sum[i]));
     return steps * 16 * 16 * 2;
 }

@@ -129,38 +129,69 @@ INLINE void order(vf *a, vf *b) {
     *a = larger;
 }
 
-/* Batcher's odd-even merge of two sorted halves, largest first. */
-INLINE void merge(vf *v, const int size) {
-#pragma GCC unroll 8
-    for (int i = 0; i < size / 2; i++) order(&v[i], &v[i + size / 2]);
-#pragma GCC unroll 3
-    for (int k = size / 4; k > 0; k /= 2)
-#pragma GCC unroll 8
-        for (int i = k; i + k < size; i += 2 * k)
-#pragma GCC unroll 4
-            for (int j = i; j < i + k; j++) order(&v[j], &v[j + k]);
+/* Batcher's networks, largest first. Flat loops: gcc leaves nested ones rolled and v in memory. */
+INLINE void sort_4(vf *v) {
+    order(&v[0], &v[1]);
+    order(&v[2], &v[3]);
+    order(&v[0], &v[2]);
+    order(&v[1], &v[3]);
+    order(&v[1], &v[2]);
 }
 
-INLINE void sort(vf *v, const int size) {
+INLINE void sort_8(vf *v) {
+    sort_4(v);
+    sort_4(v + 4);
 #pragma GCC unroll 4
-    for (int part = 2; part <= size; part *= 2)
+    for (int i = 0; i < 4; i++) order(&v[i], &v[i + 4]);
+    order(&v[2], &v[4]);
+    order(&v[3], &v[5]);
+#pragma GCC unroll 3
+    for (int i = 1; i < 7; i += 2) order(&v[i], &v[i + 1]);
+}
+
+INLINE void sort_16(vf *v) {
+    sort_8(v);
+    sort_8(v + 8);
 #pragma GCC unroll 8
-        for (int i = 0; i < size; i += part) merge(v + i, part);
+    for (int i = 0; i < 8; i++) order(&v[i], &v[i + 8]);
+#pragma GCC unroll 4
+    for (int i = 4; i < 8; i++) order(&v[i], &v[i + 4]);
+#pragma GCC unroll 3
+    for (int i = 2; i < 14; i += 4) {
+        order(&v[i], &v[i + 2]);
+        order(&v[i + 1], &v[i + 3]);
+    }
+#pragma GCC unroll 7
+    for (int i = 1; i < 15; i += 2) order(&v[i], &v[i + 1]);
 }
 
 /* The n-th largest of two sorted lists and the one after it. The n largest are max(a[i], b[n-1-i]),
- * all i; what lies beyond a list's end counts as minus infinity. */
+ * all i; what lies beyond a list's end counts as minus infinity. Four chains of minima and maxima
+ * wait less than one. */
 INLINE void nth_of_two(const vf *a, const vf *b, const int half, int n, vf *nth, vf *next) {
     const int from = n > half ? n - half : 0, to = n < half ? n : half;
-    vf t = v_set1(INFINITY), u = v_set1(-INFINITY);
-    for (int i = from; i < to; i++) {
-        t = v_min(t, v_max(a[i], b[n - 1 - i]));
-        u = v_max(u, v_min(a[i], b[n - 1 - i]));
+    vf t[4], u[4];
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        t[c] = v_set1(INFINITY);
+        u[c] = v_set1(-INFINITY);
     }
-    if (from > 0) t = v_min(t, v_min(a[from - 1], b[from - 1]));
-    if (to < half) u = v_max(u, v_max(a[to], b[to]));
-    *nth = t;
-    *next = u;
+    int i = from;
+    for (; i + 4 <= to; i += 4) {
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) {
+            t[c] = v_min(t[c], v_max(a[i + c], b[n - 1 - i - c]));
+            u[c] = v_max(u[c], v_min(a[i + c], b[n - 1 - i - c]));
+        }
+    }
+    for (; i < to; i++) {
+        t[0] = v_min(t[0], v_max(a[i], b[n - 1 - i]));
+        u[0] = v_max(u[0], v_min(a[i], b[n - 1 - i]));
+    }
+    if (from > 0) t[1] = v_min(t[1], v_min(a[from - 1], b[from - 1]));
+    if (to < half) u[1] = v_max(u[1], v_max(a[to], b[to]));
+    *nth = v_min(v_min(t[0], t[1]), v_min(t[2], t[3]));
+    *next = v_max(v_max(u[0], u[1]), v_max(u[2], u[3]));
 }
 
 /* Where more than n units of the group in a lane reach its threshold, the last of those that equal
@@ -192,8 +223,16 @@ INLINE void select_groups(const float *score, mask *keep, int n, const int m) {
             v[t * side + i] = v_load(score + (i * tiles + t) * VL);
         transpose(v + t * side, side);
     }
-#pragma GCC unroll 2
-    for (int i = 0; i < m; i += half) sort(v + i, half);
+    if (m == 4) sort_4(v);
+    if (m == 8) sort_8(v);
+    if (m == 16) {
+        sort_8(v);
+        sort_8(v + 8);
+    }
+    if (m == 32) {
+        sort_16(v);
+        sort_16(v + 16);
+    }
 #pragma GCC unroll 32
     for (int i = 0; i < m; i++) sorted[i] = v[i]; /* n indexes it: v itself stays in registers */
     if (m > 8) {
@@ -203,6 +242,7 @@ INLINE void select_groups(const float *score, mask *keep, int n, const int m) {
         next = sorted[n];
     }
     v_store(threshold, nth);
+    __asm__("" : "+m"(threshold)); /* or gcc takes lanes from nth by two shuffles each */
 #pragma GCC unroll 32
     for (int i = 0; i < m; i++) {
         vf own = m < VL ? v_permute(nth, group_lane(m, i)) : v_set1(threshold[i / tiles]);
@@ -236,23 +276,39 @@ static void select_32(const float *score, mask *keep, int n, int vectors) {
 
 /* ---- the row ---- */
 
-INLINE void clear(float *z, int k, int n, mask keep) {
-    if (n - k >= VL) clear_others(z + k, keep);
-    else if (n > k) clear_others_n(z + k, keep, n - k);
+
+INLINE void clear(float *z, int left, mask keep, const bool ragged) {
+    if (!ragged || left >= VL) clear_others(z, keep);
+    else if (left > 0) clear_others_n(z, keep, left);
 }
 
-/* Channels k .. n - 1 of a row, at most as many as `vectors` masks cover. */
-static void apply(float *z, int k, int n, const mask *keep, int vectors, int block) {
+/* Rows z and, unless NULL, second, from the channel of the first mask on; `left` channels exist. */
+INLINE void apply_range(float *z, float *second, int left, const mask *keep, int vectors,
+                        const int block, const bool ragged) {
+    for (int i = 0; i < vectors; i++) {
+        mask lanes[4] = {keep[i]};
+        if (block == 4) mask_spread(lanes, keep[i]);
+#pragma GCC unroll 4
+        for (int q = 0; q < block; q++) {
+            const int at = (block * i + q) * VL;
+            clear(z + at, left - at, lanes[q], ragged);
+            if (second) clear(second + at, left - at, lanes[q], ragged);
+        }
+    }
+}
+
+static void apply(float *z, float *second, int left, const mask *keep, int vectors, int block) {
+    const int step = block * VL, whole = left / step < vectors ? left / step : vectors;
+    const int at = whole * step;
     if (block == 1) {
-        for (int i = 0; i < vectors; i++) clear(z, k + i * VL, n, keep[i]);
+        apply_range(z, NULL, left, keep, whole, 1, false);
+        apply_range(z + at, NULL, left - at, keep + whole, vectors - whole, 1, true);
         return;
     }
-    for (int i = 0; i < vectors; i++) {
-        mask lanes[4];
-        mask_spread(lanes, keep[i]);
-#pragma GCC unroll 4
-        for (int q = 0; q < 4; q++) clear(z, k + (4 * i + q) * VL, n, lanes[q]);
-    }
+    if (second) apply_range(z, second, left, keep, whole, 4, false);
+    else apply_range(z, NULL, left, keep, whole, 4, false);
+    apply_range(z + at, second ? second + at : NULL, left - at, keep + whole, vectors - whole, 4,
+                true);
 }
 
 void NAME(prune)(const struct amber_pattern *p, float *z, int64_t ldz, int rows, const float *f,
@@ -272,7 +328,8 @@ void NAME(prune)(const struct amber_pattern *p, float *z, int64_t ldz, int rows,
     }
     _Alignas(64) float score[BATCH];
     mask keep[MAX_M];
-    const struct source source = {z, rows == 2 ? z + ldz : NULL, f, n};
+    float *second = rows == 2 ? z + ldz : NULL;
+    const struct source source = {z, second, f, n};
     const int block = p->block, together = p->m * VL;
     for (int k = 0; k < n; k += BATCH * block) {
         int units = BATCH, present = (n - k + block - 1) / block;
@@ -282,7 +339,6 @@ void NAME(prune)(const struct amber_pattern *p, float *z, int64_t ldz, int rows,
         for (int u = (present + p->m - 1) / p->m * p->m; u < units; u++)
             score[u] = -(float)(u & (p->m - 1));
         select(score, keep, p->n, units / VL);
-        for (int row = 0; row < rows; row++)
-            apply(z + row * ldz, k, n, keep, units / VL, block);
+        apply(z + k, second ? second + k : NULL, n - k, keep, units / VL, block);
     }
 }

@@ -4,6 +4,7 @@
 #define AMBER_VEC_AVX512_H
 
 #include <immintrin.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 enum { VL = 16, TILE_VECTORS = 4 }; /* lanes; vectors of a tile's row: 6 x 4 + operands fit */
@@ -25,14 +26,17 @@ static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }   
 static inline vf v_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); } /* c - a * b */
 static inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); } /* b where either is NaN */
 static inline vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); } /* b where either is NaN */
-static inline vf v_round(vf a) { return _mm512_roundscale_ps(a, 8); }
-static inline vf v_pow2(vf n) {
-    __m512i bits = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 23));
+/* v * 2^n; t is n + 1.5 * 2^23, so that its low bits are n. v * 2^n is normal. */
+static inline vf v_scale(vf v, vf t) {
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(v), _mm512_slli_epi32(_mm512_castps_si512(t), 23)));
 }
 /* v, or 0 where a < b. */
 static inline vf v_zero_where_less(vf v, vf a, vf b) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), v);
+}
+static inline bool v_any_greater(vf a, vf b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
 }
 static inline float v_sum(vf v) { return _mm512_reduce_add_ps(v); }
 static inline float v_largest(vf v) { return _mm512_reduce_max_ps(v); }

@@ -8,7 +8,8 @@
 static inline vf v_exp(vf x) {
     const vf low = v_set1(-87.33f);
     vf c = v_min(v_set1(88.0f), v_max(low, x));
-    vf n = v_round(v_mul(c, v_set1(1.44269504f)));
+    vf t = v_fma(c, v_set1(1.44269504f), v_set1(0x1.8p23f)); /* rounds to an integer */
+    vf n = v_sub(t, v_set1(0x1.8p23f));
     vf r = v_fnma(n, v_set1(0x1.62e4p-1f), c);
     r = v_fnma(n, v_set1(0x1.7f7d1cp-20f), r);
     vf p = v_fma(v_set1(0x1.6a2318p-10f), r, v_set1(0x1.123a8ep-7f));
@@ -16,7 +17,7 @@ static inline vf v_exp(vf x) {
     p = v_fma(p, r, v_set1(0x1.555490p-3f));
     p = v_fma(p, r, v_set1(0x1.fffffcp-2f));
     p = v_fma(p, v_mul(r, r), v_add(r, v_set1(1.0f)));
-    return v_zero_where_less(v_mul(p, v_pow2(n)), x, low);
+    return v_zero_where_less(v_scale(p, t), x, low);
 }
 
 #endif

@@ -15,6 +15,7 @@ void amber_gemm_w8a8_ref(const struct amber_gemm_w8a8 *g, int panel0, int panel1
             for (int k = 0; k < w->k_pad; k++)
                 acc += (lane[k / 4 * AMBER_PANEL * 4 + k % 4] - 128) * x[k];
             float v = (float)acc * (a->scale[t] * w->scale[o]);
+            if (a->shift) v = v + a->shift[t] * w->sum[o];
             if (w->bias) v = v + w->bias[o];
             y[o] = g->add ? y[o] + v : v;
         }

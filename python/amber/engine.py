@@ -28,6 +28,7 @@ from .generate import Result, Stream
 from .models import find_model
 from .sampling import SamplingParams
 from .session import Session, check_fits
+from .sparse import Sparse, plan_text
 from .tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]  # [{"role": "user", "content": "..."}]
@@ -63,7 +64,8 @@ class EngineInfo:
     scratch_bytes: int
     load_seconds: float
     has_chat_template: bool
-    sparse: str = "off"
+    sparse: str  # what runs sparse in prefill, or "off"
+    coverage: float  # share of the layers' multiplications that have a sparse operand
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,11 @@ class Engine:
     progress: called as progress(phase, done, total), see amber.Progress; a true result cancels.
     log: called as log(level, text); None: the logger "amber" of `logging`.
     device: "auto" or "cpu".
+    sparse: activation sparsity in prefill: "off", "auto" (what the file carries, else dense), a
+        pattern such as "8:16" or "8:16@all", a plan file; see amber.sparse.plan_text.
+    criterion, mitigation: how channels are ranked ("act", "norm", "amber", "amber-b") and what is
+        given back for the pruned ones ("none", "var", "dpts", "dpts-median").
+    sparse_first_n: the first tokens of a session that stay dense.
     chat_template: Jinja text in place of the file's own.
 
     Errors: ModelNotFoundError, FileFormatError, UnsupportedModelError, OutOfMemoryError,
@@ -107,12 +114,17 @@ class Engine:
         progress: Progress | None = None,
         log: Log | None = None,
         device: str = "auto",
+        sparse: Sparse = "auto",
+        criterion: str | None = None,
+        mitigation: str | None = None,
+        sparse_first_n: int = 0,
         chat_template: str | None = None,
     ) -> None:
         _check_device(device)
         self.path = find_model(path)
         callbacks = Callbacks(progress, log)
-        options, keep = _options(precision, threads, isa)
+        plan = plan_text(sparse, criterion, mitigation)
+        options, keep = _options(precision, threads, isa, plan, sparse_first_n)
         options.progress, options.progress_user = lib.amber_py_progress, callbacks.handle
         options.log, options.log_user = lib.amber_py_log, callbacks.handle
         out, err = ffi.new("amber_engine **"), ffi.new("amber_error *")
@@ -301,9 +313,10 @@ def memory_estimate(
     n_ctx: int | None = None,
     n_batch: int | None = None,
     precision: str = "int8",
+    sparse: Sparse = "auto",
 ) -> MemoryEstimate:
     """What a model would take, from the head of its file. Errors: as Engine."""
-    options, _keep = _options(precision, None, None)
+    options, _keep = _options(precision, None, None, plan_text(sparse))
     memory, err = new_struct("amber_memory"), ffi.new("amber_error *")
     raw = os.fsencode(find_model(path))
     check(lib.amber_memory_estimate(raw, options, n_ctx or 0, n_batch or 0, memory, err), err)
@@ -315,7 +328,9 @@ def isa_list() -> list[str]:
     return text(lib.amber_isa_list()).split()
 
 
-def _options(precision: str, threads: int | None, isa: str | None) -> tuple[Any, Any]:
+def _options(
+    precision: str, threads: int | None, isa: str | None, plan: str, sparse_first_n: int = 0
+) -> tuple[Any, Any]:
     """(amber_engine_options, what must outlive it)."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: expected {' or '.join(PRECISIONS)}, found {precision!r}")
@@ -323,7 +338,9 @@ def _options(precision: str, threads: int | None, isa: str | None) -> tuple[Any,
     options.precision, options.threads = PRECISIONS[precision], threads or 0
     c_isa = ffi.new("char[]", isa.encode()) if isa else ffi.NULL
     options.isa = c_isa
-    return options, c_isa
+    options.sparse = c_plan = ffi.new("char[]", plan.encode())
+    options.sparse_first_n = sparse_first_n
+    return options, (c_isa, c_plan)
 
 
 def _check_device(device: str) -> None:

@@ -167,7 +167,9 @@ class Repl:
             ],
             "system": lambda: [self.system or "(no system prompt)"],
             "template": lambda: [self.engine.chat_template or "(no chat template)"],
-            "history": lambda: [f"> {user}\n{answer}" for user, answer in self.turns],
+            "history": lambda: [
+                f"user: {user}\nassistant: {answer}" for user, answer in self.turns
+            ],
         }
         if what and what not in parts:
             raise ValueError(f"/show: expected one of {', '.join(parts)}, found {what}")

@@ -43,6 +43,12 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.size
 
+    def __enter__(self) -> "Tokenizer":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Frees the vocabulary (an engine's own goes with the engine)."""
         if self._handle._free is lib.amber_tokenizer_close:

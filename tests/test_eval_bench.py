@@ -1,0 +1,257 @@
+"""amber-eval and amber-bench: their arithmetic against slow twins, their figures against
+llama.cpp's, their command lines."""
+
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+
+import amber
+import gguf
+import numpy as np
+import pytest
+from amber import bench
+from amber import eval as evaluation
+
+TEXT = (
+    "Once upon a time there was a small fox who lived at the edge of a wood. Every morning she "
+    "walked to the river to look for her friends, and every evening she told them a story. "
+) * 12
+
+# Perplexity that llama-perplexity measured on text/tinystories-eval.txt, context 512, 40 windows
+# (README of the test data).
+LLAMA_CPP = {
+    "stories260K-f32": 4.1317,
+    "stories260K-f16": 4.1315,
+    "tinystories-656k-f16": 35.9930,
+    "stories3M-f16": 6.2470,
+    "stories3M-qwen2-f16": 6.2471,
+    "stories3M-pad256-f16": 6.2470,
+    "stories3M-BF16": 6.2543,
+    "stories3M-Q8_0": 6.2543,
+    "stories3M-Q5_0": 6.5902,
+    "stories3M-Q4_K_M": 6.5187,
+    "stories3M-pad256-Q6_K": 6.3878,
+    "stories3M-pad256-Q3_K_M": 9.6406,
+}
+
+
+def command(module, *args):
+    return subprocess.run(
+        [sys.executable, "-m", f"amber.{module}", *args], capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def story(tmp_path):
+    path = tmp_path / "story.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+# ---- amber-eval ----
+
+
+def test_perplexity_and_its_error():
+    losses = [np.array([0.5, 1.5, 2.0]), np.array([4.0])]
+    value, stderr = evaluation.perplexity(losses)
+    assert value == pytest.approx(math.exp(2.0))
+    variance = sum((x - 2.0) ** 2 for x in (0.5, 1.5, 2.0, 4.0)) / 4
+    assert stderr == pytest.approx(math.exp(2.0) * math.sqrt(variance / 3))
+
+
+def test_log_softmax():
+    logits = np.array([[1.0, 2.0, 3.0], [1e4, -1e4, 0.0]], np.float32)
+    expected = [1 - math.log(math.e + math.e**2 + math.e**3), -1e4]
+    result = evaluation.log_softmax(logits)
+    assert result[0, 0] == pytest.approx(expected[0], rel=1e-12)
+    assert list(result[1]) == [0.0, -2e4, -1e4]
+
+
+def test_evaluate_against_a_slow_twin(demo_model):
+    ctx = 64
+    with amber.Engine("demo") as engine, amber.Engine("demo", precision="float") as truth:
+        result = evaluation.evaluate(engine, TEXT, ctx=ctx, chunks=3, against=truth)
+        tokens = engine.tokenize(TEXT)
+        losses, divergences, same = [], [], 0
+        for start in (0, ctx, 2 * ctx):
+            window = tokens[start : start + ctx]
+            if engine.tokenizer.adds_bos:
+                window[0] = engine.tokenizer.bos
+            ours, theirs = engine.logits(window, all=True), truth.logits(window, all=True)
+            for position in range(ctx // 2, ctx - 1):
+                a = [float(x) for x in ours[position]]
+                b = [float(x) for x in theirs[position]]
+                log_a = math.log(math.fsum(math.exp(x) for x in a))
+                log_b = math.log(math.fsum(math.exp(x) for x in b))
+                losses.append(log_a - a[window[position + 1]])
+                divergences.append(
+                    math.fsum(
+                        math.exp(y - log_b) * ((y - log_b) - (x - log_a))
+                        for x, y in zip(a, b, strict=True)
+                    )
+                )
+                same += a.index(max(a)) == b.index(max(b))
+    assert result.tokens == len(losses) == 3 * 31
+    assert result.perplexity == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-9)
+    assert result.kl_mean == pytest.approx(math.fsum(divergences) / len(losses), rel=1e-6, abs=1e-9)
+    assert result.kl_p99 == pytest.approx(np.quantile(divergences, 0.99), rel=1e-6, abs=1e-9)
+    assert result.top1_agreement == pytest.approx(same / len(losses))
+    assert 0 < result.kl_mean < 0.1 and result.chunks == 3
+
+
+def test_blocks_change_nothing(demo_model, monkeypatch):
+    with amber.Engine("demo") as engine:
+        whole = evaluation.evaluate(engine, TEXT, ctx=64, chunks=2)
+        monkeypatch.setattr(evaluation, "BLOCK_BYTES", 1)  # row by row
+        assert evaluation.evaluate(engine, TEXT, ctx=64, chunks=2).perplexity == pytest.approx(
+            whole.perplexity, rel=1e-12
+        )
+
+
+def measure(testdata, name, precision):
+    text = evaluation.read_text(str(testdata / "text" / "tinystories-eval.txt"))
+    with amber.Engine(testdata / "models" / f"{name}.gguf", precision=precision) as engine:
+        return evaluation.evaluate(engine, text)
+
+
+# Files without quantized weights: llama.cpp computes them in float as well. For the quantized ones
+# it also rounds activations to 8 bits, which costs it up to 0.5 %.
+@pytest.mark.parametrize("name", [n for n in LLAMA_CPP if n.endswith(("f32", "f16", "BF16"))])
+def test_float_perplexity_is_llama_cpps(testdata, name):
+    assert measure(testdata, name, "float").perplexity == pytest.approx(LLAMA_CPP[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", LLAMA_CPP)
+def test_int8_perplexity_is_within_one_percent(testdata, name):
+    assert measure(testdata, name, "int8").perplexity == pytest.approx(LLAMA_CPP[name], rel=1e-2)
+
+
+def test_eval_command(demo_model, story):
+    done = command("eval", "demo", "--text", story, "--ctx", "64", "--chunks", "2", "--json",
+                   "--precision", "int8,float", "--against", "float", "-t", "1")  # fmt: skip
+    assert done.returncode == 0 and done.stderr == ""
+    int8, exact = (json.loads(line) for line in done.stdout.splitlines())
+    for key in ("perplexity", "perplexity_stderr", "kl_mean", "kl_p99", "top1_agreement", "tokens",
+                "seconds", "tokens_per_second", "sparse", "threads", "isa"):  # fmt: skip
+        assert key in int8
+    assert (int8["precision"], exact["precision"]) == ("int8", "float")
+    assert int8["tokens"] == 62 and int8["threads"] == 1
+    assert exact["kl_mean"] == pytest.approx(0, abs=1e-12) and exact["top1_agreement"] == 1
+    assert int8["reference_perplexity"] == exact["perplexity"]
+
+    done = command("eval", "demo", "--text", story, "--ctx", "64", "--chunks", "2")
+    assert done.returncode == 0
+    assert f"perplexity {int8['perplexity']:.4f}" in done.stdout
+
+
+def test_eval_command_refuses(demo_model, story, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    for args, code, words in (
+        (["demo", "--text", str(short)], 1, ["at least 512 tokens", "found"]),
+        (["demo", "--text", str(tmp_path / "none")], 1, ["none"]),
+        (["no-model", "--text", story], 1, ["no-model", "demo"]),
+        (["demo", "--text", story, "--precision", "int4"], 2, ["int4", "int8"]),
+        (["demo", "--text", story, "--ctx", "2"], 2, ["--ctx"]),
+        (["demo", "--text", story, "--chunks", "-1"], 2, ["--chunks"]),
+        (["demo"], 2, ["--text"]),
+        (["demo", "--text", story, "--isa", "mmx"], 1, ["mmx", "ref"]),
+    ):
+        done = command("eval", *args)
+        assert done.returncode == code and done.stdout == "", (args, done.stderr)
+        for word in words:
+            assert word in done.stderr, (args, done.stderr)
+        assert "Traceback" not in done.stderr
+
+
+# ---- amber-bench ----
+
+
+def test_fnv1a():
+    # Test vectors of the algorithm's authors.
+    assert bench.fnv1a(b"") == "cbf29ce484222325"
+    assert bench.fnv1a(b"a") == "af63dc4c8601ec8c"
+    assert bench.fnv1a(b"foobar") == "85944171f73967e8"
+
+
+def test_work_counts_the_files_own_tensors(demo_model):
+    reader = gguf.GGUFReader(str(demo_model))
+    matrices = {t.name: t.n_elements for t in reader.tensors if len(t.shape) == 2}
+    head = matrices.get("output.weight", matrices["token_embd.weight"])
+    layers = sum(n for name, n in matrices.items() if name.startswith("blk."))
+    with amber.Engine("demo") as engine:
+        info = engine.info
+        facts = {name: getattr(info, name) for name in info.__dataclass_fields__}
+    assert bench.work(bench.Job("pp", 100), facts) == 2 * (100 * layers + head)
+    # One byte a weight, and little more: scales, norms, padding.
+    bytes_a_token = bench.work(bench.Job("tg", 2), facts) / 2
+    assert layers + head < bytes_a_token < 1.1 * (layers + head)
+    deeper = bench.work(bench.Job("tg", 2, 100), facts) / 2 - bytes_a_token
+    assert deeper == 100 * 2 * info.n_layer * info.n_head_kv * info.head_dim * 2
+
+
+def test_peaks():
+    ops, read = bench.peaks(1, amber.isa_list()[0])
+    ref_ops, _ = bench.peaks(1, "ref")
+    assert math.isfinite(ops) and math.isfinite(read)
+    assert ops >= ref_ops > 1e8 and read > 1e8
+    for threads, isa, error in ((0, "ref", ValueError), (1, "mmx", amber.DeviceError)):
+        with pytest.raises(error):
+            bench.peaks(threads, isa)
+
+
+def test_bench_command(demo_model):
+    args = ["demo", "-p", "16", "-n", "4", "-t", "1,2", "-r", "2", "-d", "0,8"]
+    done = command("bench", *args, "--json")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(r["threads"], r["test"]) for r in rows] == [
+        (threads, test)
+        for threads in (1, 2)
+        for test in ("pp16", "tg4", "pp16 @ d8", "tg4 @ d8")
+    ]
+    for r in rows:
+        assert tuple(r) == bench.KEYS
+        assert r["tokens_per_second"] > 0 and r["stddev"] >= 0 and r["repeats"] == 2
+        assert r["share_of_peak"] > 0 and r["load_seconds"] > 0
+        assert 2**20 < r["peak_rss_bytes"] < 2**30
+    # The number of threads changes no bit; another test or depth has other logits.
+    hashes = [r["logits_hash"] for r in rows]
+    assert hashes[:4] == hashes[4:] and len(set(hashes)) == 4
+
+    table = command("bench", "demo", "-p", "16", "-n", "0", "-r", "1")
+    assert table.returncode == 0
+    assert table.stdout.startswith("| model") and "| pp16 " in table.stdout
+    assert "peak of" in table.stdout
+
+    text = command("bench", "demo", "-p", "0", "-n", "4", "-r", "1", "--csv").stdout
+    (row,) = csv.DictReader(io.StringIO(text))
+    assert tuple(row) == bench.KEYS and row["test"] == "tg4"
+
+
+def test_bench_hash_is_that_of_the_logits(demo_model):
+    done = command("bench", "demo", "-p", "16", "-n", "0", "-r", "1", "-t", "1", "--json")
+    with amber.Engine("demo", threads=1) as engine:
+        tokens = bench.sample_tokens(16, engine.info.n_vocab, engine.tokenizer.bos)
+        assert len(tokens) == 16 and all(0 <= t < engine.info.n_vocab for t in tokens)
+        name = bench.fnv1a(np.asarray(engine.logits(tokens)).tobytes())
+    assert json.loads(done.stdout)["logits_hash"] == name
+
+
+def test_bench_command_refuses(demo_model):
+    for args, code, word in (
+        (["no-model"], 1, "no-model"),
+        (["demo", "-p", "x"], 2, "-p"),
+        (["demo", "-p", "0", "-n", "0"], 2, "nothing to measure"),
+        (["demo", "-r", "0"], 2, "-r"),
+        (["demo", "-t", "0"], 2, "-t"),
+        (["demo", "--isa", "mmx"], 2, "mmx"),
+        (["demo", "--precision", "int4"], 2, "int4"),
+        (["demo", "-p", "300000000", "-n", "0"], 1, "expected"),
+    ):
+        done = command("bench", *args)
+        assert done.returncode == code and done.stdout == "", (args, done.stderr)
+        assert word in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
