@@ -114,7 +114,10 @@ void amber_pattern_format(const struct amber_pattern *p, char out[AMBER_PATTERN_
     switch (p->kind) {
     case AMBER_PATTERN_GROUP:
         snprintf(out, AMBER_PATTERN_TEXT, "%d:%d%s%s", p->n, p->m,
-                 p->block == 4 ? "x4" : p->relief ? "x" : "", p->tokens == 2 ? "t2" : "");
+                 p->block == 4 ? "x4"
+                 : p->relief   ? "x"
+                               : "",
+                 p->tokens == 2 ? "t2" : "");
         break;
     case AMBER_PATTERN_TOPK:
         snprintf(out, AMBER_PATTERN_TEXT, "top%d%%", p->n);

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import amber
 import gguf
@@ -40,7 +41,10 @@ LLAMA_CPP = {
 
 def command(module, *args):
     return subprocess.run(
-        [sys.executable, "-m", f"amber.{module}", *args], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", f"amber.{module}", *args],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -147,6 +151,17 @@ def test_eval_command(demo_model, story):
     assert f"perplexity {int8['perplexity']:.4f}" in done.stdout
 
 
+def test_eval_of_sparse_against_dense(demo_model, story):
+    done = command("eval", "demo", "--text", story, "--ctx", "64", "--chunks", "2", "--json",
+                   "--sparse", "off", "--sparse", "8:16@all", "--against", "off")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    dense, sparse = (json.loads(line) for line in done.stdout.splitlines())
+    assert dense["sparse"] == "off" and dense["coverage"] == 0
+    assert dense["kl_mean"] == pytest.approx(0, abs=1e-12)
+    assert "8:16" in sparse["sparse"] and sparse["coverage"] > 0.9
+    assert sparse["kl_mean"] > 0 and sparse["reference_perplexity"] == dense["perplexity"]
+
+
 def test_eval_command_refuses(demo_model, story, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
@@ -159,6 +174,7 @@ def test_eval_command_refuses(demo_model, story, tmp_path):
         (["demo", "--text", story, "--chunks", "-1"], 2, ["--chunks"]),
         (["demo"], 2, ["--text"]),
         (["demo", "--text", story, "--isa", "mmx"], 1, ["mmx", "ref"]),
+        (["demo", "--text", story, "--sparse", "99:16"], 1, ["99:16"]),
     ):
         done = command("eval", *args)
         assert done.returncode == code and done.stdout == "", (args, done.stderr)
@@ -209,9 +225,7 @@ def test_bench_command(demo_model):
     assert done.returncode == 0 and done.stderr == "", done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(r["threads"], r["test"]) for r in rows] == [
-        (threads, test)
-        for threads in (1, 2)
-        for test in ("pp16", "tg4", "pp16 @ d8", "tg4 @ d8")
+        (threads, test) for threads in (1, 2) for test in ("pp16", "tg4", "pp16 @ d8", "tg4 @ d8")
     ]
     for r in rows:
         assert tuple(r) == bench.KEYS
@@ -255,3 +269,53 @@ def test_bench_command_refuses(demo_model):
         done = command("bench", *args)
         assert done.returncode == code and done.stdout == "", (args, done.stderr)
         assert word in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
+
+
+# ---- tools/make_synthetic.py: the files that large measurements are made with ----
+
+
+def make_synthetic(path, *args):
+    tool = Path(__file__).resolve().parent.parent / "tools" / "make_synthetic.py"
+    done = subprocess.run([sys.executable, tool, path, *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "f16"])
+def test_synthetic_model(tmp_path, kind):
+    path, again = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    make_synthetic(path, "--shape", "tiny", "--type", kind)
+    make_synthetic(again, "--shape", "tiny", "--type", kind)
+    assert path.read_bytes() == again.read_bytes()
+    for tensor in gguf.GGUFReader(str(path)).tensors:
+        if len(tensor.shape) == 2:
+            w = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            # A deviation of n normal values is off by 1/sqrt(2 n), here 0.5 % at most; 4-bit
+            # rounding adds 1 % of variance.
+            assert w.std() * math.sqrt(w.shape[1]) == pytest.approx(1, abs=0.025), tensor.name
+    with amber.Engine(path) as engine:
+        text = "Any text, even \u00fc and \U0001f600."
+        assert engine.detokenize(engine.tokenize(text)) == text
+        logits = np.asarray(engine.logits(text))
+        # Rows of unit norm times an activation of norm sqrt(n): about unit variance.
+        assert np.isfinite(logits).all() and 0.5 < logits.std() < 2
+
+
+def test_synthetic_rope_factors(tmp_path, monkeypatch):
+    """Llama 3's published rule, as loaders apply it, value by value."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "tools"))
+    import make_synthetic as tool
+
+    shape = tool.SHAPES["llama-3.2-1b"]
+    factors = tool.rope_factors(shape)
+    assert factors.shape == (32,)
+    for i, factor in enumerate(factors):
+        frequency = 500000.0 ** (-2 * i / 64)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            expected = 1.0
+        elif wavelength > 8192 / 1:
+            expected = 32.0
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            expected = frequency / ((1 - smooth) * frequency / 32 + smooth * frequency)
+        assert factor == pytest.approx(expected, rel=1e-6)

@@ -83,7 +83,7 @@ def test_refusals(native, demo_model, tmp_path):
         ([demo_model, "-p", "x", "--temp", "nan"], 2, "temperature"),
         ([demo_model, "-p", "x", "--precision", "int4"], 2, "int4"),
         (["/no/such/file", "-p", "x"], 1, "/no/such"),
-        ([not_gguf, "-p", "x"], 1, "git-lfs"),
+        ([not_gguf, "-p", "x"], 1, "Git LFS"),
         ([demo_model, "-p", "word " * 100, "-c", "50"], 1, "50"),
     ):
         done = run(native, *args)

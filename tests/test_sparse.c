@@ -16,13 +16,17 @@ static uint32_t random_bits(void) {
     random_state ^= random_state << 5;
     return random_state;
 }
-static float uniform(void) { return (float)(random_bits() >> 8) * 0x1p-24f; }
+static float uniform(void) {
+    return (float)(random_bits() >> 8) * 0x1p-24f;
+}
 static float normal(void) {
     float sum = 0;
     for (int i = 0; i < 12; i++) sum += uniform();
     return sum - 6;
 }
-static int popcount(uint32_t x) { return __builtin_popcount(x); }
+static int popcount(uint32_t x) {
+    return __builtin_popcount(x);
+}
 
 static struct amber_pattern pattern(const char *text) {
     struct amber_pattern p;
@@ -155,7 +159,8 @@ static void test_ties(void) {
     float zeros[4] = {0.0f, -0.0f, -0.0f, 2};
     prune("2:4", zeros, NULL, 4);
     CHECK(zeros[3] == 2 && !signbit(zeros[0]) && !signbit(zeros[1]) && !signbit(zeros[2]));
-    float signs[4] = {-0.0f, 0.0f, -0.0f, -0.0f}; /* kept zeros keep their bits, dropped become +0 */
+    float signs[4] = {-0.0f, 0.0f, -0.0f,
+                      -0.0f}; /* kept zeros keep their bits, dropped become +0 */
     prune("1:4", signs, NULL, 4);
     CHECK(signbit(signs[0]) && !signbit(signs[1]) && !signbit(signs[2]) && !signbit(signs[3]));
 }
@@ -199,8 +204,10 @@ static void test_exact_counts(void) {
                 for (int i = g; i < g + exist; i++) {
                     CHECK(z[i] == 0 || z[i] == x[i]);
                     kept += z[i] != 0;
-                    if (z[i] != 0) smallest = fminf(smallest, x[i]);
-                    else dropped = fmaxf(dropped, x[i]);
+                    if (z[i] != 0)
+                        smallest = fminf(smallest, x[i]);
+                    else
+                        dropped = fmaxf(dropped, x[i]);
                 }
                 CHECK_EQ(kept, n < exist ? n : exist);
                 CHECK(dropped <= smallest);
@@ -255,8 +262,8 @@ static void test_scaling(void) {
 
 /* ---- relief windows ---- */
 
-/* Whether a mask of 16 channels fits 2:4 with `windows` windows, whose members are channels w, 4 + w,
- * 8 + w, 12 + w; every window holds two at most. Tries every way to fill them. */
+/* Whether a mask of 16 channels fits 2:4 with `windows` windows, whose members are channels w, 4 +
+ * w, 8 + w, 12 + w; every window holds two at most. Tries every way to fill them. */
 static bool fits(uint32_t mask, int windows) {
     if (windows == 0) {
         for (int g = 0; g < 4; g++)
@@ -390,8 +397,8 @@ static void fill(float *z, int n, int kind) {
             break;
         case 4: /* special values only */
             bits = random_bits() % 8;
-            z[i] = (const float[]){INFINITY, -INFINITY, NAN, -NAN,
-                                   0.0f,     -0.0f,     FLT_MAX, -0x1p-149f}[bits];
+            z[i] = (const float[]){
+                INFINITY, -INFINITY, NAN, -NAN, 0.0f, -0.0f, FLT_MAX, -0x1p-149f}[bits];
             break;
         case 5: /* about where squares vanish */
             z[i] = normal() * 0x1p-74f;
@@ -401,10 +408,27 @@ static void fill(float *z, int n, int kind) {
         }
     }
 }
-enum { KINDS = 7 };
+enum { MIRRORED = 7, KINDS };
 
-/* rows rows of n at distance ldz, in blocks of their exact size, so that an address checker sees any
- * step beyond; gaps between the rows hold a guard. */
+/* Neighbouring blocks that equal each other with the rows and the first two channels swapped: exact
+ * ties in the order of operations that the contract names, and only there (not with fused
+ * multiply-adds, not with other partners in a sum). */
+static void mirror(float *z, int64_t ldz, int rows, int n) {
+    int first = (int)(random_bits() & 1);
+    for (int k = 4 * first; k + 8 <= n; k += 8) {
+        for (int row = 0; row < rows; row++) {
+            const float *from = z + (rows - 1 - row) * ldz + k;
+            float *to = z + row * ldz + k + 4;
+            to[0] = from[1];
+            to[1] = from[0];
+            to[2] = from[2];
+            to[3] = from[3];
+        }
+    }
+}
+
+/* rows rows of n at distance ldz, in blocks of their exact size, so that an address checker sees
+ * any step beyond; gaps between the rows hold a guard. */
 static void compare(amber_prune_fn column, const struct amber_pattern *p, int n, int rows, int gap,
                     int kind, bool has_f) {
     const int64_t ldz = n + gap;
@@ -413,8 +437,10 @@ static void compare(amber_prune_fn column, const struct amber_pattern *p, int n,
     void *scratch = aligned_alloc(64, (amber_prune_scratch(n) + 63) / 64 * 64);
     if (!CHECK(ours && theirs && f && scratch)) exit(1);
     memset(theirs, 0x77, size);
-    for (int row = 0; row < rows; row++) fill(theirs + row * ldz, n, kind);
-    for (int i = 0; i < n; i++) f[i] = kind == 2 ? (float)(1 + random_bits() % 2) : 1 + uniform();
+    for (int row = 0; row < rows; row++) fill(theirs + row * ldz, n, kind == MIRRORED ? 0 : kind);
+    if (kind == MIRRORED) mirror(theirs, ldz, rows, n);
+    for (int i = 0; i < n; i++)
+        f[i] = kind == MIRRORED ? 1.1f : kind == 2 ? (float)(1 + random_bits() % 2) : 1 + uniform();
     memcpy(ours, theirs, size);
     column(p, ours, ldz, rows, has_f ? f : NULL, n, scratch);
     amber_prune_ref(p, theirs, ldz, rows, has_f ? f : NULL, n, scratch);
@@ -423,8 +449,8 @@ static void compare(amber_prune_fn column, const struct amber_pattern *p, int n,
         amber_pattern_format(p, text);
         for (int64_t i = 0; i < (int64_t)(size / sizeof(float)); i++) {
             if (memcmp(&ours[i], &theirs[i], 4) == 0) continue;
-            fprintf(stderr, "    %s n %d rows %d kind %d f %d: first at %lld\n", text, n, rows, kind,
-                    has_f, (long long)i);
+            fprintf(stderr, "    %s n %d rows %d kind %d f %d: first at %lld\n", text, n, rows,
+                    kind, has_f, (long long)i);
             break;
         }
     }
@@ -445,7 +471,7 @@ static void compare_all(amber_prune_fn column) {
         for (int n = 1; n <= m; n += m <= 16 ? 1 : 5) {
             for (int shape = 0; shape < 3; shape++) {
                 p = (struct amber_pattern){AMBER_PATTERN_GROUP, n, m, shape ? 4 : 1,
-                                           shape == 2 ? 2 : 1, 0};
+                                           shape == 2 ? 2 : 1,  0};
                 for (int kind = 0; kind < KINDS; kind++) {
                     /* All lengths where the column is its own, a sample elsewhere. */
                     for (size_t l = 0; l < sizeof lengths / sizeof lengths[0]; l++) {

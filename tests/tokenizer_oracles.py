@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-CONTRACTIONS = "'s 't 're 've 'm 'll 'd 'S 'RE 'Ll 'ſ 'x ''s '".split()
-EMOJI = "👨‍👩‍👧‍👦 👍🏽 🇩🇪 ❤️ 🏴‍☠️ 1️⃣ 😀 🧑🏿‍🚀".split()
+CONTRACTIONS = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'RE", "'Ll", "'ſ", "'x", "'"]
+EMOJI = ["👨‍👩‍👧‍👦", "👍🏽", "🇩🇪", "❤️", "🏴‍☠️", "1️⃣", "😀", "🧑🏿‍🚀"]
 CODE = [
     "def f(x):\n    return x+1\n",
     "\t\tif (a->b[i] != 0) {\r\n",
@@ -23,10 +23,11 @@ CODE = [
     "<0x0A>",
     "<|endoftext|>",
 ]
-WORDS = (
-    "the of Hello world Once upon a time there was LITTLE Lily MacBook iPhone naïve Straße ПРИВЕТ "
-    "мир Ελλάδα 日本語 テスト 中文字符 한국어 สวัสดี हिन्दी עברית العربية ǅungla ﬁne 𞤀𞤁𞤂 ᲐᲑ"
-).split()
+WORDS = [
+    *("the", "of", "Hello", "world", "Once", "upon", "LITTLE", "Lily", "MacBook", "iPhone"),
+    *("naïve", "Straße", "ПРИВЕТ", "мир", "Ελλάδα", "日本語", "テスト", "中文字符", "한국어"),
+    *("สวัสดี", "हिन्दी", "עברית", "العربية", "ǅungla", "ﬁne", "𞤀𞤁𞤂", "ᲐᲑ"),
+]
 SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2003\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 NEWLINES = ["\n", "\r\n", "\n\n", " \n", "\t", "\n ", "  \n  "]
 
@@ -40,9 +41,9 @@ def characters() -> dict[str, list[str]]:
         char = chr(code)
         category = unicodedata.category(char)
         old = unicodedata.ucd_3_2_0.category(char)
-        if old == category and category not in ("Cn", "Cs") and not 0xE100 <= code < 0xF900:
-            if code < 0xF0000:
-                found.setdefault(category, []).append(char)
+        private = 0xE100 <= code < 0xF900 or code >= 0xF0000
+        if old == category and category not in ("Cn", "Cs") and not private:
+            found.setdefault(category, []).append(char)
     return found
 
 
@@ -81,6 +82,7 @@ def texts(count: int, seed: int) -> Iterator[str]:
         yield "".join(_piece(r) for _ in range(r.randint(1, 11)))
 
 
+@cache
 def read_vocabulary(path: Path) -> dict[str, list]:
     """The arrays of a GGUF vocabulary, read by the gguf package."""
     from gguf import GGUFReader
@@ -106,9 +108,7 @@ def sentencepiece_model(vocabulary: dict[str, list], **normalizer: bool) -> Any:
     types = vocabulary["token_type"]
     unknown = types.index(2)
     model = proto.ModelProto()
-    for i, (text, score) in enumerate(
-        zip(vocabulary["tokens"], vocabulary["scores"], strict=True)
-    ):
+    for i, (text, score) in enumerate(zip(vocabulary["tokens"], vocabulary["scores"], strict=True)):
         # sentencepiece allows one unknown piece; a file may call added tokens so as well.
         kind = 3 if types[i] == 2 and i != unknown else types[i]
         model.pieces.add(piece=text, score=score, type=kind)
@@ -153,9 +153,7 @@ EXPRESSIONS: dict[str, list[str]] = {
         + "".join(rf"\s{{{n}}}(?!\S)|" for n in (512, 256, 128, 64, 32, 16, 8, 4))
         + r"\s{1,2}(?!\S)|\s{1}"
     ],
-    "tekken": [
-        rf"{_ANY}{_UPPER}*{_LOWER}+|{_ANY}{_UPPER}+{_LOWER}*|\p{{N}}|{_SLASHES}{_WHITE}"
-    ],
+    "tekken": [rf"{_ANY}{_UPPER}*{_LOWER}+|{_ANY}{_UPPER}+{_LOWER}*|\p{{N}}|{_SLASHES}{_WHITE}"],
     "gpt-4o": [
         rf"{_ANY}{_UPPER}*{_LOWER}+{_CUT}?|{_ANY}{_UPPER}+{_LOWER}*{_CUT}?|\p{{N}}{{1,3}}|"
         rf"{_SLASHES}{_WHITE}"
@@ -199,10 +197,12 @@ def hf_splitter(name: str) -> Any:
     )
 
 
-def hf_tokenizer(vocabulary: dict[str, list], name: str) -> Any:
-    """A Hugging Face byte-level BPE tokenizer with the same tokens and merges."""
+@cache
+def hf_tokenizer(path: Path, name: str) -> Any:
+    """A Hugging Face byte-level BPE tokenizer with the file's tokens and merges."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+    vocabulary = read_vocabulary(path)
     tokens = {text: i for i, text in enumerate(vocabulary["tokens"])}
     merges = [tuple(m.split(" ")) for m in vocabulary["merges"]]
     whole = name in ("llama-bpe", "tekken")

@@ -4,8 +4,8 @@
  *   tool_prune             a request on stdin, pruned rows on stdout
  *
  * A request is the line "PATTERN COLUMN CHANNELS ROWS HAS_F", then float32 f [channels] where HAS_F
- * is 1, then rows [rows, channels]. Two-token patterns pair rows 2i and 2i + 1; a last lone row stays
- * alone. Exit code 2 and a line on stderr: the pattern was refused. */
+ * is 1, then rows [rows, channels]. Two-token patterns pair rows 2i and 2i + 1; a last lone row
+ * stays alone. Exit code 2 and a line on stderr: the pattern was refused. */
 #include "sparse.h"
 #include "cpu/cpuid.h"
 

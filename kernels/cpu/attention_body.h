@@ -56,11 +56,17 @@ int NAME(attention_units)(const struct amber_attention *a) {
     return cut_of(a).blocks * a->n_head_kv;
 }
 
+/* While products run, the next block's keys are fetched to L2, and while keys are transposed its
+ * values: so memory is read all the time. The two products of a tile have head_dim * KEYS * 2 /
+ * (TILE_VECTORS * VL) iterations. */
+enum { AHEAD_STEP = TILE_VECTORS * VL }; /* bytes per iteration */
+
 /* C[rows, vectors * VL] = A[rows, n] * B[n, vectors * VL], or C = C * factor[row] + A * B. */
 static inline __attribute__((always_inline)) void product(float *c, int64_t ldc, const float *a,
                                                           int64_t lda, const float *b, int64_t ldb,
                                                           int n, const float *factor,
-                                                          const int rows, const int vectors) {
+                                                          const char *ahead, const int rows,
+                                                          const int vectors) {
     vf acc[TILE_Q][TILE_VECTORS];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
@@ -69,6 +75,7 @@ static inline __attribute__((always_inline)) void product(float *c, int64_t ldc,
             acc[r][v] = factor ? v_mul(v_load(c + r * ldc + v * VL), v_set1(factor[r])) : v_set1(0);
     for (int k = 0; k < n; k++, a++, b += ldb) {
         vf bv[TILE_VECTORS];
+        v_prefetch(ahead + k * AHEAD_STEP);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) bv[v] = v_load(b + v * VL);
 #pragma GCC unroll 6
@@ -87,15 +94,15 @@ static inline __attribute__((always_inline)) void product(float *c, int64_t ldc,
 #define PRODUCT(rows, vectors)                                                                     \
     static __attribute__((noinline)) void product_##rows##x##vectors(                              \
         float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int n,    \
-        const float *factor) {                                                                     \
-        product(c, ldc, a, lda, b, ldb, n, factor, rows, vectors);                                 \
+        const float *factor, const char *ahead) {                                                  \
+        product(c, ldc, a, lda, b, ldb, n, factor, ahead, rows, vectors);                          \
     }
 #define PRODUCTS(vectors)                                                                          \
     PRODUCT(1, vectors)                                                                            \
     PRODUCT(2, vectors)                                                                            \
     PRODUCT(3, vectors) PRODUCT(4, vectors) PRODUCT(5, vectors) PRODUCT(6, vectors)
 typedef void (*product_fn)(float *, int64_t, const float *, int64_t, const float *, int64_t, int,
-                           const float *);
+                           const float *, const char *);
 #define PRODUCT_FNS(vectors)                                                                       \
     {product_1x##vectors, product_2x##vectors, product_3x##vectors,                                \
      product_4x##vectors, product_5x##vectors, product_6x##vectors}
@@ -111,10 +118,11 @@ static const product_fn product_fns[TILE_VECTORS][TILE_Q] = {PRODUCT_FNS(1), PRO
 #endif
 
 static void multiply(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb,
-                     int n, const float *factor, int rows, int vectors) {
-    for (int v = 0; v < vectors; v += TILE_VECTORS) {
+                     int n, const float *factor, const char *ahead, int rows, int vectors) {
+    for (int v = 0; v < vectors; v += TILE_VECTORS, ahead += n * AHEAD_STEP) {
         int width = vectors - v < TILE_VECTORS ? vectors - v : TILE_VECTORS;
-        product_fns[width - 1][rows - 1](c + v * VL, ldc, a, lda, b + v * VL, ldb, n, factor);
+        product_fns[width - 1][rows - 1](c + v * VL, ldc, a, lda, b + v * VL, ldb, n, factor,
+                                             ahead);
     }
 }
 
@@ -128,23 +136,41 @@ static inline vf cached(const void *cache, bool f32, int64_t i, int n) {
     return n >= VL ? v_load_f16(p) : v_load_f16_n(p, n);
 }
 
-/* Positions first..first+n-1 of a head; those up to KEYS become 0. */
+/* VL keys at elements i.. of the head dimension, transposed. */
+static inline __attribute__((always_inline)) void load_keys_tile(const struct amber_attention *a,
+                                                                 int64_t first, int n, int i,
+                                                                 float *to, const bool f32,
+                                                                 const bool whole) {
+    const int d = a->head_dim, width = d - i < VL ? d - i : VL;
+    const size_t cell = f32 ? 4 : 2;
+    vf r[VL];
+#pragma GCC unroll 16
+    for (int l = 0; l < VL; l++) {
+        int64_t at = (first + l) * d + i;
+        if (i % 32 == 0) v_prefetch((const char *)a->v + (at + KEYS * d) * cell);
+        r[l] = whole ? cached(a->k, f32, at, VL) : l < n ? cached(a->k, f32, at, width) : v_set1(0);
+    }
+    v_transpose(r);
+    if (whole) {
+#pragma GCC unroll 16
+        for (int l = 0; l < VL; l++) v_store(to + l * KEYS, r[l]);
+    } else {
+        for (int l = 0; l < width; l++) v_store(to + l * KEYS, r[l]);
+    }
+}
+
+/* Positions first..first+n-1 of a head; those that fill up the last vector become 0. */
 static void load_keys(const struct amber_attention *a, int64_t first, int n, float *keys) {
-    const int d = a->head_dim;
     for (int j = 0; j < n; j += VL) {
-        for (int i = 0; i < d; i += VL) {
-            vf r[VL];
-#pragma GCC unroll 16
-            for (int l = 0; l < VL; l++)
-                r[l] = j + l < n ? cached(a->k, a->kv_f32, (first + j + l) * d + i, d - i) : v_set1(0);
-            v_transpose(r);
-            int rows = d - i < VL ? d - i : VL;
+        for (int i = 0; i < a->head_dim; i += VL) {
             float *to = keys + (int64_t)i * KEYS + j;
-            if (rows == VL) {
-#pragma GCC unroll 16
-                for (int l = 0; l < VL; l++) v_store(to + l * KEYS, r[l]);
+            bool whole = n - j >= VL && a->head_dim - i >= VL;
+            if (whole && !a->kv_f32) {
+                load_keys_tile(a, first + j, VL, i, to, false, true);
+            } else if (a->kv_f32) {
+                load_keys_tile(a, first + j, n - j, i, to, true, false);
             } else {
-                for (int l = 0; l < rows; l++) v_store(to + l * KEYS, r[l]);
+                load_keys_tile(a, first + j, n - j, i, to, false, false);
             }
         }
     }
@@ -152,11 +178,14 @@ static void load_keys(const struct amber_attention *a, int64_t first, int n, flo
 
 static void load_values(const struct amber_attention *a, int64_t first, int n, int padded,
                         float *values) {
-    const int d = a->head_dim;
-    for (int j = 0; j < n; j++)
-        for (int i = 0; i < d; i += VL)
-            v_store(values + (int64_t)j * padded + i,
-                    cached(a->v, a->kv_f32, (first + j) * d + i, d - i));
+    const int d = a->head_dim, whole = a->kv_f32 ? 0 : d / VL * VL;
+    for (int j = 0; j < n; j++) {
+        int64_t at = (first + j) * d;
+        float *to = values + (int64_t)j * padded;
+        for (int i = 0; i < whole; i += VL)
+            v_store(to + i, v_load_f16((const uint16_t *)a->v + at + i));
+        for (int i = whole; i < d; i += VL) v_store(to + i, cached(a->v, a->kv_f32, at + i, d - i));
+    }
 }
 
 static inline float expf_of(float x) { /* one lane: the same bits as elsewhere */
@@ -223,6 +252,7 @@ static void attend(const struct amber_attention *a, const struct cut *c, int kv_
             end = p0 + KEYS - 1 + window - first_pos;
         int n = last - p0 + 1 < KEYS ? last - p0 + 1 : KEYS;
         int64_t cache_row = (int64_t)kv_head * a->n_ctx + p0;
+        const char *next = (const char *)a->k + (cache_row + KEYS) * d * (a->kv_f32 ? 4 : 2);
         load_keys(a, cache_row, n, w->keys);
         load_values(a, cache_row, n, c->padded, w->values);
         for (int q = begin * heads; q < end * heads; q += TILE_Q) {
@@ -230,7 +260,8 @@ static void attend(const struct amber_attention *a, const struct cut *c, int kv_
             int seen = first_pos + (q + tile - 1) / heads - p0 + 1; /* by the tile's last row */
             if (seen > KEYS) seen = KEYS;
             const int vectors = (seen + VL - 1) / VL;
-            multiply(w->scores, KEYS, w->queries + q * d, d, w->keys, KEYS, d, NULL, tile, vectors);
+            multiply(w->scores, KEYS, w->queries + q * d, d, w->keys, KEYS, d, NULL,
+                     next, tile, vectors);
             float shrink[TILE_Q];
             for (int r = 0; r < tile; r++) {
                 int pos = first_pos + (q + r) / heads;
@@ -239,7 +270,7 @@ static void attend(const struct amber_attention *a, const struct cut *c, int kv_
                                   &w->reference[q + r], w->total + (q + r) * VL);
             }
             multiply(w->sums + (int64_t)q * c->padded, c->padded, w->scores, KEYS, w->values,
-                     c->padded, seen, shrink, tile, c->padded / VL);
+                     c->padded, seen, shrink, next + d * KEYS, tile, c->padded / VL);
         }
     }
     for (int q = 0; q < n_queries; q++) {

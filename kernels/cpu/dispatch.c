@@ -13,7 +13,6 @@
         k->rope = amber_rope_##isa;                                                                \
         k->f16_from_f32 = amber_f16_from_f32_##isa;                                                \
         k->quantize_row = amber_quantize_row_##isa;                                                \
-        k->prune = amber_prune_##isa;                                                              \
         k->gemm_f32 = amber_gemm_f32_##isa;                                                        \
         k->attention_units = amber_attention_units_##isa;                                          \
         k->attention = amber_attention_##isa;                                                      \
@@ -30,6 +29,7 @@ static bool kernels_avx2(struct amber_kernels *k) {
     amber_kernels_ref(k);
     k->isa = "avx2";
     fill_rows_avx2(k);
+    k->prune = amber_prune_avx2;
     k->gemm_w8a8 = amber_gemm_w8a8_avx2;
     return true;
 }
@@ -45,6 +45,7 @@ static bool kernels_avx512vnni(struct amber_kernels *k) {
     if (!amber_cpu_detect().avx512vnni || !kernels_avx2(k)) return false;
     k->isa = "avx512vnni";
     fill_rows_avx512vnni(k);
+    k->prune = amber_prune_avx512vnni;
     k->gemm_w8a8 = amber_gemm_w8a8_avx512vnni;
     return true;
 }
@@ -53,6 +54,19 @@ static bool kernels_amx(struct amber_kernels *k) {
     if (!amber_cpu_detect().amx || !kernels_avx512vnni(k)) return false;
     k->isa = "amx";
     k->gemm_w8a8 = amber_gemm_w8a8_amx;
+    return true;
+}
+#endif
+
+#if defined(__aarch64__)
+ROW_OPERATIONS(neon)
+
+static bool kernels_neon(struct amber_kernels *k) {
+    if (!amber_cpu_detect().neon) return false;
+    amber_kernels_ref(k);
+    k->isa = "neon";
+    fill_rows_neon(k);
+    k->gemm_w8a8 = amber_gemm_w8a8_neon;
     return true;
 }
 #endif
@@ -66,6 +80,9 @@ static const struct column {
     {"avx512vnni", kernels_avx512vnni},
     {"avxvnni", kernels_avxvnni},
     {"avx2", kernels_avx2},
+#endif
+#if defined(__aarch64__)
+    {"neon", kernels_neon},
 #endif
     {"ref", amber_kernels_ref},
 };

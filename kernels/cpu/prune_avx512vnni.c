@@ -8,10 +8,18 @@
 
 typedef __mmask16 mask;
 
-static inline mask mask_reaches(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-static inline mask mask_equal(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
-static inline uint32_t mask_bits(mask a) { return a; }
-static inline mask mask_of_bits(uint32_t bits) { return (mask)bits; }
+static inline mask mask_reaches(vf a, vf b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
+}
+static inline mask mask_equal(vf a, vf b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
+}
+static inline uint32_t mask_bits(mask a) {
+    return a;
+}
+static inline mask mask_of_bits(uint32_t bits) {
+    return (mask)bits;
+}
 /* Every bit four times: the gaps open by halves. */
 static inline void mask_spread(mask lanes[4], mask blocks) {
     uint64_t x = blocks;
@@ -29,11 +37,19 @@ static inline void clear_others_n(float *p, mask keep, int n) {
     _mm512_mask_storeu_ps(p, (mask)(~keep & v_first(n)), _mm512_setzero_ps());
 }
 
-static inline vf v_magnitude(vf v) { return _mm512_abs_ps(v); }
-static inline vf v_permute(vf v, vi index) { return _mm512_permutexvar_ps(index, v); }
+static inline vf v_magnitude(vf v) {
+    return _mm512_abs_ps(v);
+}
+static inline vf v_permute(vf v, vi index) {
+    return _mm512_permutexvar_ps(index, v);
+}
 #define v_shuffle(a, b, order) _mm512_shuffle_ps(a, b, order)
-static inline vf v_unpack_low(vf a, vf b) { return _mm512_unpacklo_ps(a, b); }
-static inline vf v_unpack_high(vf a, vf b) { return _mm512_unpackhi_ps(a, b); }
+static inline vf v_unpack_low(vf a, vf b) {
+    return _mm512_unpacklo_ps(a, b);
+}
+static inline vf v_unpack_high(vf a, vf b) {
+    return _mm512_unpackhi_ps(a, b);
+}
 static inline __attribute__((always_inline)) void v_swap(vf *a, vf *b, const int size) {
     vf x = *a, y = *b;
     if (size == 4) {

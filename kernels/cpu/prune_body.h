@@ -42,7 +42,9 @@ INLINE vf weighted(const struct source *s, const float *z, int k, const bool f, 
 }
 
 /* v_min gives its second operand where the first is not a number. */
-INLINE vf ordered(vf score) { return v_min(score, v_set1(INFINITY)); }
+INLINE vf ordered(vf score) {
+    return v_min(score, v_set1(INFINITY));
+}
 
 INLINE vf energy(const struct source *s, int k, const bool second, const bool f,
                  const bool ragged) {
@@ -66,7 +68,8 @@ INLINE void score_range(float *score, const struct source *s, int k, int k_end, 
                         const bool second, const bool f, const bool ragged) {
     for (; k < k_end; k += block * VL, score += VL) {
         vf v;
-        if (block == 1) v = v_magnitude(weighted(s, s->z, k, f, ragged));
+        if (block == 1)
+            v = v_magnitude(weighted(s, s->z, k, f, ragged));
         else
             v = sum_fours(energy(s, k, second, f, ragged), energy(s, k + VL, second, f, ragged),
                           energy(s, k + 2 * VL, second, f, ragged),
@@ -81,20 +84,32 @@ static void score_batch(float *score, const struct source *s, int k, int k_end, 
     const int whole = k_end <= s->n ? k_end : k + (s->n - k) / step * step;
     float *rest = score + (whole - k) / block;
     if (block == 1) {
-        if (s->f) score_range(score, s, k, whole, 1, false, true, false);
-        else score_range(score, s, k, whole, 1, false, false, false);
-        if (s->f) score_range(rest, s, whole, k_end, 1, false, true, true);
-        else score_range(rest, s, whole, k_end, 1, false, false, true);
+        if (s->f)
+            score_range(score, s, k, whole, 1, false, true, false);
+        else
+            score_range(score, s, k, whole, 1, false, false, false);
+        if (s->f)
+            score_range(rest, s, whole, k_end, 1, false, true, true);
+        else
+            score_range(rest, s, whole, k_end, 1, false, false, true);
     } else if (s->second) {
-        if (s->f) score_range(score, s, k, whole, 4, true, true, false);
-        else score_range(score, s, k, whole, 4, true, false, false);
-        if (s->f) score_range(rest, s, whole, k_end, 4, true, true, true);
-        else score_range(rest, s, whole, k_end, 4, true, false, true);
+        if (s->f)
+            score_range(score, s, k, whole, 4, true, true, false);
+        else
+            score_range(score, s, k, whole, 4, true, false, false);
+        if (s->f)
+            score_range(rest, s, whole, k_end, 4, true, true, true);
+        else
+            score_range(rest, s, whole, k_end, 4, true, false, true);
     } else {
-        if (s->f) score_range(score, s, k, whole, 4, false, true, false);
-        else score_range(score, s, k, whole, 4, false, false, false);
-        if (s->f) score_range(rest, s, whole, k_end, 4, false, true, true);
-        else score_range(rest, s, whole, k_end, 4, false, false, true);
+        if (s->f)
+            score_range(score, s, k, whole, 4, false, true, false);
+        else
+            score_range(score, s, k, whole, 4, false, false, false);
+        if (s->f)
+            score_range(rest, s, whole, k_end, 4, false, true, true);
+        else
+            score_range(rest, s, whole, k_end, 4, false, false, true);
     }
 }
 
@@ -219,8 +234,7 @@ INLINE void select_groups(const float *score, mask *keep, int n, const int m) {
 #pragma GCC unroll 4
     for (int t = 0; t < tiles; t++) {
 #pragma GCC unroll 16
-        for (int i = 0; i < side; i++)
-            v[t * side + i] = v_load(score + (i * tiles + t) * VL);
+        for (int i = 0; i < side; i++) v[t * side + i] = v_load(score + (i * tiles + t) * VL);
         transpose(v + t * side, side);
     }
     if (m == 4) sort_4(v);
@@ -276,10 +290,11 @@ static void select_32(const float *score, mask *keep, int n, int vectors) {
 
 /* ---- the row ---- */
 
-
 INLINE void clear(float *z, int left, mask keep, const bool ragged) {
-    if (!ragged || left >= VL) clear_others(z, keep);
-    else if (left > 0) clear_others_n(z, keep, left);
+    if (!ragged || left >= VL)
+        clear_others(z, keep);
+    else if (left > 0)
+        clear_others_n(z, keep, left);
 }
 
 /* Rows z and, unless NULL, second, from the channel of the first mask on; `left` channels exist. */
@@ -305,8 +320,10 @@ static void apply(float *z, float *second, int left, const mask *keep, int vecto
         apply_range(z + at, NULL, left - at, keep + whole, vectors - whole, 1, true);
         return;
     }
-    if (second) apply_range(z, second, left, keep, whole, 4, false);
-    else apply_range(z, NULL, left, keep, whole, 4, false);
+    if (second)
+        apply_range(z, second, left, keep, whole, 4, false);
+    else
+        apply_range(z, NULL, left, keep, whole, 4, false);
     apply_range(z + at, second ? second + at : NULL, left - at, keep + whole, vectors - whole, 4,
                 true);
 }

@@ -13,6 +13,8 @@ enum { VL = 8, TILE_VECTORS = 2 };
 typedef __m256 vf;
 typedef __m256i vi;
 
+/* To L2. A macro: gcc takes a function that only prefetches for one without effect. */
+#define v_prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
 static inline vf v_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void v_store(float *p, vf v) { _mm256_storeu_ps(p, v); }
 static inline __m256i v_first(int n) {

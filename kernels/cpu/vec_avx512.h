@@ -12,6 +12,8 @@ enum { VL = 16, TILE_VECTORS = 4 }; /* lanes; vectors of a tile's row: 6 x 4 + o
 typedef __m512 vf;
 typedef __m512i vi;
 
+/* To L2. A macro: gcc takes a function that only prefetches for one without effect. */
+#define v_prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
 static inline vf v_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void v_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
 static inline __mmask16 v_first(int n) { return (__mmask16)((1u << n) - 1); }

@@ -13,7 +13,9 @@ struct pruned {
     int n;
 };
 
-static float ordered(float score) { return isnan(score) ? INFINITY : score; }
+static float ordered(float score) {
+    return isnan(score) ? INFINITY : score;
+}
 
 static float weighted(const struct pruned *r, int row, int k) {
     float z = r->z[row * r->ldz + k];
@@ -46,8 +48,7 @@ static void drop(const struct pruned *r, int k) {
 /* How many of score[0..count) go before score[i]. */
 static int rank_of(const float *score, int count, int i) {
     int rank = 0;
-    for (int j = 0; j < count; j++)
-        rank += score[j] > score[i] || (score[j] == score[i] && j < i);
+    for (int j = 0; j < count; j++) rank += score[j] > score[i] || (score[j] == score[i] && j < i);
     return rank;
 }
 
@@ -106,7 +107,9 @@ static void prune_topk(const struct amber_pattern *p, const struct pruned *r, ui
         if (keys[k] < smallest) drop(r, k);
 }
 
-size_t amber_prune_scratch(int n) { return (size_t)n * sizeof(uint64_t); }
+size_t amber_prune_scratch(int n) {
+    return (size_t)n * sizeof(uint64_t);
+}
 
 void amber_prune_ref(const struct amber_pattern *p, float *z, int64_t ldz, int rows, const float *f,
                      int n, void *scratch) {

@@ -138,15 +138,16 @@ class Handle:
         self._pointer, self._free, self._what = pointer, free, what
         self._condition = threading.Condition()
         self._users: list[int] = []  # thread ids of the calls under way
+        self._closing = False
         self.children: dict[Any, Callable[[Any], None]] = {}
 
     @property
     def closed(self) -> bool:
-        return self._pointer is None
+        return self._closing or self._pointer is None
 
     def __enter__(self) -> Any:
         with self._condition:
-            if self._pointer is None:
+            if self.closed:
                 raise errors.AmberError(f"this {self._what} is closed")
             self._users.append(threading.get_ident())
             return self._pointer
@@ -176,5 +177,6 @@ class Handle:
         with self._condition:
             if threading.get_ident() in self._users:
                 raise errors.AmberError(f"close() from inside a callback of this {self._what}")
+            self._closing = True  # no new calls
             self._condition.wait_for(lambda: not self._users)
             self.free()

@@ -33,9 +33,10 @@ from .session import Session
 
 INTERRUPTED = 130
 KEYS = (
-    "model", "test", "threads", "device", "isa", "precision", "sparse", "tokens_per_second",
-    "stddev", "share_of_peak", "peak_rss_bytes", "load_seconds", "logits_hash", "n_params",
-    "weight_bytes", "repeats", "peak_int8_ops", "peak_read_bytes", "commit", "cpu",
+    "model", "test", "threads", "device", "isa", "precision", "sparse", "coverage",
+    "tokens_per_second", "stddev", "share_of_peak", "peak_rss_bytes", "load_seconds",
+    "logits_hash", "n_params", "weight_bytes", "repeats", "peak_int8_ops", "peak_read_bytes",
+    "commit", "cpu",
 )  # fmt: skip
 
 
@@ -59,6 +60,7 @@ class Config:
     threads: int | None
     precision: str
     isa: str | None
+    sparse: str = "auto"
 
 
 # ---- work and limits ----
@@ -68,7 +70,8 @@ def work(job: Job, info: dict[str, Any]) -> float:
     """What the limit of a job counts, for all its tokens.
 
     pp: operations of the linear layers, a multiply and its addition counting as two, the output
-    head for the last token alone; attention is not counted. tg: bytes of weights, each once a
+    head for the last token alone; attention is not counted, and what a sparse layer skips is
+    counted as if it were done. tg: bytes of weights, each once a
     token, and of the KV cache as it grows.
     """
     kv_width = info["n_head_kv"] * info["head_dim"]
@@ -128,6 +131,7 @@ class Worker:
             threads=config.threads,
             precision=config.precision,
             isa=config.isa,
+            sparse=config.sparse,
         )
         most = max(job.depth + job.n for job in jobs) + 1
         self.tokens = sample_tokens(most, self.engine.info.n_vocab, self.engine.tokenizer.bos)
@@ -385,6 +389,12 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--isa", metavar="I[,I]", help=f"kernel columns of {', '.join(isa_list())} (the first)"
     )
+    top.add_argument(
+        "--sparse",
+        action="append",
+        metavar="S",
+        help="off, auto, a pattern such as 8:16, a plan file; may be given again (auto)",
+    )
     form = top.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object per row")
     form.add_argument("--csv", action="store_true", help="comma-separated, with a head line")
@@ -427,15 +437,18 @@ def plan(args: argparse.Namespace) -> tuple[list[Config], list[Job]]:
     for model in args.models:
         find_model(model)
     configs = [
-        Config(*values) for values in itertools.product(args.models, threads, precisions, isas)
+        Config(*values)
+        for values in itertools.product(
+            args.models, threads, precisions, isas, args.sparse or ["auto"]
+        )
     ]
     return configs, jobs
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A table like llama-bench's."""
-    head = ["model", "params", "precision", "isa", "threads", "test", "tok/s", "of peak",
-            "peak RSS", "load s", "logits"]  # fmt: skip
+    head = ["model", "params", "precision", "isa", "threads", "sparse", "test", "tok/s",
+            "of peak", "peak RSS", "load s", "logits"]  # fmt: skip
     table = [head]
     for r in rows:
         share = r["share_of_peak"]
@@ -445,6 +458,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             r["precision"],
             r["isa"],
             str(r["threads"]),
+            r["sparse"],
             r["test"],
             f"{r['tokens_per_second']:.1f} ± {r['stddev']:.1f}",
             "-" if share is None else f"{100 * share:.0f} %",

@@ -10,6 +10,7 @@ predict the tokens ctx/2 + 1 .. ctx - 1.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from .engine import PRECISIONS, Engine, isa_list
 from .errors import AmberError
 from .session import Session
+from .sparse import CRITERIA, MITIGATIONS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -181,8 +183,8 @@ class UsageError(Exception):
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         "amber-eval",
-        description="Perplexity of a text by llama-perplexity's protocol, and with --against float "
-        "the distance (KL divergence) to the same model in float32.",
+        description="Perplexity of a text by llama-perplexity's protocol, and with --against the "
+        "distance (KL divergence) to a reference.",
         allow_abbrev=False,
     )
     top.add_argument("models", nargs="+", metavar="MODEL", help="GGUF files or built-in names")
@@ -193,7 +195,18 @@ def parser() -> argparse.ArgumentParser:
         "--precision", default="int8", metavar="P[,P]", help=f"{', '.join(PRECISIONS)} (int8)"
     )
     top.add_argument(
-        "--against", choices=("off", "float"), default="off", help="reference to compare with (off)"
+        "--sparse",
+        action="append",
+        metavar="S",
+        help="off, auto, a pattern such as 8:16, a plan file; may be given again (auto)",
+    )
+    top.add_argument("--criterion", help=f"{', '.join(CRITERIA)}: how channels are ranked")
+    top.add_argument("--mitigation", help=f"{', '.join(MITIGATIONS)}: what is given back")
+    top.add_argument(
+        "--against",
+        choices=("off", "float"),
+        help="also the distance to the same model: off: without sparsity, in the same precision; "
+        "float: in float32 without sparsity",
     )
     top.add_argument("-t", "--threads", type=int, help="threads (physical cores)")
     top.add_argument("--isa", help=f"kernel column of {', '.join(isa_list())} (the first)")
@@ -210,14 +223,16 @@ def read_text(path: str) -> str:
 
 def table_line(result: dict[str, Any]) -> str:
     """One result for people."""
+    sparse = "" if result["sparse"] == "off" else f"{result['sparse']}  "
     line = (
-        f"{os.path.basename(result['model']):34s} {result['precision']:5s}  "
+        f"{os.path.basename(result['model']):34s} {result['precision']:5s}  {sparse}"
         f"perplexity {result['perplexity']:.4f} ± {result['perplexity_stderr']:.4f}"
     )
     if result["kl_mean"] is not None:
         change = 100 * (result["perplexity"] / result["reference_perplexity"] - 1)
+        name = "float" if result["against"] == "float" else "dense"
         line += (
-            f"  float {result['reference_perplexity']:.4f} ({change:+.2f} %)"
+            f"  {name} {result['reference_perplexity']:.4f} ({change:+.2f} %)"
             f"  KL {result['kl_mean']:.5f}, p99 {result['kl_p99']:.4f}"
             f"  same top token {100 * result['top1_agreement']:.2f} %"
         )
@@ -252,36 +267,35 @@ class _Bar:
         self._bar.close()
 
 
-def measure(model: str, precision: str, text: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    model: str, precision: str, sparse: str, text: str, args: argparse.Namespace
+) -> dict[str, Any]:
     """Opens a model, evaluates it, and returns the object that --json prints."""
-
-    def opened(which: str) -> Engine:
-        return Engine(model, n_ctx=args.ctx, threads=args.threads, precision=which, isa=args.isa)
-
+    common = {"n_ctx": args.ctx, "threads": args.threads, "isa": args.isa}
+    methods = {}
+    if sparse not in ("off", "auto"):
+        methods = {"criterion": args.criterion, "mitigation": args.mitigation}
     bar = _Bar(os.path.basename(model), args.quiet)
+    reference = None
     try:
-        with opened(precision) as engine:
-            reference = opened("float") if args.against == "float" else None
-            try:
-                result = evaluate(
-                    engine,
-                    text,
-                    ctx=args.ctx,
-                    chunks=args.chunks,
-                    against=reference,
-                    progress=bar,
-                )
-            finally:
-                if reference is not None:
-                    reference.close()
+        with Engine(model, precision=precision, sparse=sparse, **methods, **common) as engine:
+            if args.against:
+                which = "float" if args.against == "float" else precision
+                reference = Engine(model, precision=which, sparse="off", **common)
+            result = evaluate(
+                engine, text, ctx=args.ctx, chunks=args.chunks, against=reference, progress=bar
+            )
             info = engine.info
     finally:
         bar.close()
+        if reference is not None:
+            reference.close()
     return {
         "model": model,
         "text": args.text,
         "precision": precision,
         "sparse": info.sparse,
+        "coverage": info.coverage,
         "against": args.against,
         "isa": info.isa,
         "threads": info.threads,
@@ -306,16 +320,15 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         raise AmberError("amber-eval needs numpy: pip install 'amber-llm[numpy]'") from None
     text = read_text(args.text)
-    for model in args.models:
-        for precision in precisions:
-            try:
-                result = measure(model, precision, text, args)
-            except AmberError:
-                raise
-            except ValueError as error:  # what only the vocabulary could judge
-                raise AmberError(f"{args.text}: {error}") from None
-            line = json.dumps(result) if args.json else table_line(result)
-            print(line, flush=True)
+    choices = itertools.product(args.models, precisions, args.sparse or ["auto"])
+    for model, precision, sparse in choices:
+        try:
+            result = measure(model, precision, sparse, text, args)
+        except AmberError:
+            raise
+        except ValueError as error:  # what only the vocabulary could judge
+            raise AmberError(f"{args.text}: {error}") from None
+        print(json.dumps(result) if args.json else table_line(result), flush=True)
     return 0
 
 

@@ -38,7 +38,7 @@ class Result:
     ttft: float = 0.0  # seconds from the call to the first token
     decode_seconds: float = 0.0  # for all tokens after the first
     seed: int = 0
-    sparse: str = "off"  # what really ran sparse in prefill
+    sparse: str = "off"  # what runs sparse in prefill
 
     def __str__(self) -> str:
         return self.text
@@ -149,6 +149,7 @@ class Stream:
             tokenizer = session.engine.tokenizer
             sampler = Sampler(params, tokenizer, session.engine.info.n_vocab)
             result.seed = sampler.seed
+            result.sparse = session.engine.info.sparse
             begun = perf_counter()
             session._owner = self
             try:

@@ -44,7 +44,9 @@ class Session:
             self._pointer = out[0]
             # The closure keeps the callbacks for as long as C may call them.
             self._handle.children[out[0]] = lambda p, _=callbacks: lib.amber_session_free(p)
-        weakref.finalize(self, self._handle.free_child, out[0]).atexit = False
+        # Runs once, at close() or when nothing refers to this: C may give the address out again.
+        self._free = weakref.finalize(self, self._handle.free_child, out[0])
+        self._free.atexit = False
         stats = self.stats
         self.n_ctx: int = stats["n_ctx"]
         self._kv_bytes: int = stats["kv_bytes"]
@@ -59,8 +61,8 @@ class Session:
         """Frees the KV cache. May be called again."""
         if self._pointer is not None:
             with self._exclusive():
-                pointer, self._pointer = self._pointer, None
-                self._handle.free_child(pointer)
+                self._pointer = None
+                self._free()
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
