@@ -206,9 +206,12 @@ amber_status amber_memory_estimate(const char *path, const amber_engine_options 
     struct plan plan = {0};
     amber_memory full = {.size = memory->size};
     status = model_estimate(file, floats, &shape, &full.weights_bytes, &full.mapped_bytes, err);
+    char *text = NULL;
+    if (status == AMBER_OK) status = model_plan_text(file, o.sparse, &text, err);
     if (status == AMBER_OK)
-        status = plan_parse(
-            o.sparse, &(struct plan_model){shape.n_layer, shape.n_embd, shape.n_ff}, &plan, err);
+        status = plan_parse(text, &(struct plan_model){shape.n_layer, shape.n_embd, shape.n_ff},
+                            &plan, err);
+    free(text);
     if (status == AMBER_OK)
         status = session_estimate(&shape, floats, &plan, o.threads, kernels.attention_scratch, n_ctx,
                                   n_batch, &full.kv_bytes, &full.scratch_bytes, err);

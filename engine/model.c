@@ -2,9 +2,11 @@
  *
  * A weight matrix is read once, 16 rows (one panel) at a time: dequantized to float32, quantized to
  * INT8 with one scale per output channel, packed. Threads take panels; the pages of the source are
- * given back tensor by tensor, so the peak is one INT8 model and no second full copy. */
+ * given back tensor by tensor, so the peak is one INT8 model and no second full copy. An Amber GGUF
+ * has its matrices in that form already, and they are used where they are mapped. */
 #include "model.h"
 #include "dequant.h"
+#include "packed.h"
 #include "score.h"
 
 #include <inttypes.h>
@@ -106,6 +108,7 @@ static amber_status no_memory(const struct loader *ld, const char *name, int64_t
 
 struct convert {
     const struct gguf_tensor *tensor;
+    const struct amber_w8 *packed; /* the source in an Amber GGUF, else NULL */
     const struct type_info *type;
     uint64_t row_bytes;
     int n_out, n_in, k_pad;
@@ -124,7 +127,8 @@ static void convert_work(void *ctx, int ith, int nth) {
         int first = panel * AMBER_PANEL, count = amber_min(AMBER_PANEL, c->n_out - first);
         float *dst = c->f32 ? c->f32 + (int64_t)first * c->n_in : rows;
         const uint8_t *src = c->tensor->data + (uint64_t)first * c->row_bytes;
-        c->type->to_float(src, dst, (int64_t)count * c->n_in);
+        if (c->packed) packed_rows(c->packed, first, count, dst);
+        else c->type->to_float(src, dst, (int64_t)count * c->n_in);
         if (!c->f32) amber_pack_w8_panel(c->q, c->scale, rows, panel, count, c->n_in, c->k_pad);
     }
 }
@@ -167,6 +171,31 @@ static amber_status load_linear(struct loader *ld, const struct gguf_tensor *t, 
     return report(ld, t);
 }
 
+/* The matrix `stem`.weight of an Amber GGUF: mapped, or in float mode multiplied out. */
+static amber_status load_packed(struct loader *ld, const char *stem, int n_out, int n_in,
+                                struct linear *out) {
+    struct model *m = ld->m;
+    struct amber_w8 w8;
+    amber_status status = packed_matrix(m->file, stem, n_out, n_in, &w8, ld->err);
+    if (status != AMBER_OK) return status;
+    char name[64];
+    snprintf(name, sizeof name, "%s.weight", stem);
+    const struct gguf_tensor *t = gguf_find_tensor(m->file, name);
+    *out = (struct linear){.n_out = n_out, .n_in = n_in};
+    if (m->float_weights) {
+        struct convert c = {.tensor = t, .packed = &w8, .n_out = n_out, .n_in = n_in};
+        int64_t bytes = linear_bytes(n_out, n_in, true);
+        out->f32 = c.f32 = keep(m, (size_t)bytes);
+        if (!c.f32) return no_memory(ld, name, bytes);
+        amber_pool_run(ld->pool, convert_work, &c);
+        gguf_drop_pages(m->file, t);
+    } else {
+        out->w8 = w8;
+    }
+    m->n_params += (int64_t)n_out * n_in;
+    return report(ld, t);
+}
+
 /* A one-dimensional tensor as float32, padded with zeros to whole panels. */
 static amber_status load_vector(struct loader *ld, const char *name, int n, const float **out) {
     const struct gguf_tensor *t = NULL;
@@ -195,28 +224,37 @@ static const float *weight_sums(struct loader *ld, const struct linear *w) {
     return sums;
 }
 
-static amber_status prepare_rule(struct loader *ld, const struct gguf_tensor *t, const char *name,
+/* t: the source of the weights; stem: their name in an Amber GGUF. */
+static amber_status prepare_rule(struct loader *ld, const struct gguf_tensor *t, const char *stem,
                                  const struct rule *rule, struct linear *out) {
     if (!rule_is_sparse(rule)) return AMBER_OK;
     out->rule = rule;
     if (rule->shift != SHIFT_NONE && !out->f32 && !(out->w8.sum = weight_sums(ld, out)))
-        return no_memory(ld, name, out->n_out * (int64_t)sizeof(float));
+        return no_memory(ld, stem, out->n_out * (int64_t)sizeof(float));
     if (rule->criterion == CRITERION_ACT) return AMBER_OK;
+    if (ld->m->packed)
+        return packed_score(ld->m->file, stem, out->n_in, rule->criterion, &out->score, ld->err);
     float *score = keep(ld->m, sizeof *score * (size_t)out->n_in);
-    if (!score) return no_memory(ld, name, out->n_in * (int64_t)sizeof *score);
+    if (!score) return no_memory(ld, stem, out->n_in * (int64_t)sizeof *score);
     out->score = score;
     return score_channels(t, out->n_out, out->n_in, rule->criterion, ld->pool, score, ld->err);
 }
 
 static amber_status load_projection(struct loader *ld, int il, int id, const struct projection *p) {
     struct linear *out = (struct linear *)((char *)&ld->m->layers[il] + p->offset);
-    char name[64];
-    snprintf(name, sizeof name, "blk.%d.%s.weight", il, p->name);
+    char stem[48], name[64];
+    snprintf(stem, sizeof stem, "blk.%d.%s", il, p->name);
+    snprintf(name, sizeof name, "%s.weight", stem);
     const struct gguf_tensor *t = NULL;
-    amber_status status = find_weight(ld->m->file, name, p->n_out, p->n_in, &t, ld->err);
-    if (status == AMBER_OK) status = load_linear(ld, t, name, p->n_out, p->n_in, out);
+    amber_status status;
+    if (ld->m->packed) {
+        status = load_packed(ld, stem, p->n_out, p->n_in, out);
+    } else {
+        status = find_weight(ld->m->file, name, p->n_out, p->n_in, &t, ld->err);
+        if (status == AMBER_OK) status = load_linear(ld, t, name, p->n_out, p->n_in, out);
+    }
     if (status == AMBER_OK)
-        status = prepare_rule(ld, t, name, plan_rule(&ld->m->plan, il, id), out);
+        status = prepare_rule(ld, t, stem, plan_rule(&ld->m->plan, il, id), out);
     if (status != AMBER_OK) return status;
 
     snprintf(name, sizeof name, "blk.%d.%s.bias", il, p->name);
@@ -258,12 +296,56 @@ static double plan_coverage(const struct plan *plan, const struct shape *s) {
     return sparse / total;
 }
 
+amber_status model_plan_text(const struct gguf_file *file, const char *sparse, char **out,
+                             amber_error *err) {
+    struct gguf_string text = {"off", 3};
+    bool automatic = sparse && strcmp(sparse, "auto") == 0;
+    if (!automatic && sparse) text = (struct gguf_string){sparse, strlen(sparse)};
+    if (automatic && gguf_get_string(file, "amber.plan", &text, err) < 0) return AMBER_ERR_FORMAT;
+    char *copy = malloc((size_t)text.len + 1);
+    if (!copy) return amber_fail(err, AMBER_ERR_MEMORY, "%s: no memory for the plan", file->label);
+    memcpy(copy, text.data, (size_t)text.len);
+    copy[text.len] = 0;
+    *out = copy;
+    return AMBER_OK;
+}
+
+static amber_status load_plan(struct loader *ld, const char *sparse) {
+    struct model *m = ld->m;
+    const struct shape *s = &m->shape;
+    char *text = NULL;
+    amber_status status = model_plan_text(m->file, sparse, &text, ld->err);
+    if (status == AMBER_OK)
+        status = plan_parse(text, &(struct plan_model){s->n_layer, s->n_embd, s->n_ff}, &m->plan,
+                            ld->err);
+    free(text);
+    return status;
+}
+
+static amber_status load_head(struct loader *ld) {
+    struct model *m = ld->m;
+    struct shape *s = &m->shape;
+    const struct gguf_tensor *head = m->embedding;
+    bool tied = !gguf_find_tensor(m->file, "output.weight");
+    if (m->packed && gguf_get_bool(m->file, "amber.tied_output", &tied, ld->err) < 0)
+        return AMBER_ERR_FORMAT;
+    if (!tied) m->n_params += (int64_t)s->n_vocab * s->n_embd; /* the embedding, not converted */
+    if (m->packed) return load_packed(ld, "output", s->n_vocab, s->n_embd, &m->output);
+    if (!tied) {
+        amber_status status =
+            find_weight(m->file, "output.weight", s->n_vocab, s->n_embd, &head, ld->err);
+        if (status != AMBER_OK) return status;
+    }
+    return load_linear(ld, head, "output.weight", s->n_vocab, s->n_embd, &m->output);
+}
+
 static amber_status load_all(struct loader *ld, const char *sparse) {
     struct model *m = ld->m;
     struct shape *s = &m->shape;
     amber_status status = arch_read_shape(m->file, s, ld->err);
     if (status != AMBER_OK) return status;
-    status = plan_parse(sparse, &(struct plan_model){s->n_layer, s->n_embd, s->n_ff}, &m->plan, ld->err);
+    status = packed_check(m->file, &m->packed, ld->err);
+    if (status == AMBER_OK) status = load_plan(ld, sparse);
     m->coverage = status == AMBER_OK ? plan_coverage(&m->plan, s) : 0;
     if (status == AMBER_OK)
         status = find_weight(m->file, "token_embd.weight", s->n_vocab, s->n_embd, &m->embedding,
@@ -272,19 +354,13 @@ static amber_status load_all(struct loader *ld, const char *sparse) {
 
     m->layers = calloc((size_t)s->n_layer, sizeof *m->layers);
     if (!m->layers) return no_memory(ld, "the layer table", (int64_t)sizeof *m->layers * s->n_layer);
+    if (m->packed) packed_read_ahead(m->file);
     for (uint64_t i = 0; i < m->file->n_tensors; i++) ld->total += (int64_t)m->file->tensors[i].size;
 
     for (int il = 0; il < s->n_layer && status == AMBER_OK; il++) status = load_layer(ld, il);
     if (status == AMBER_OK) status = load_vector(ld, "output_norm.weight", s->n_embd, &m->output_norm);
     if (status != AMBER_OK) return status;
-
-    const struct gguf_tensor *head = m->embedding;
-    if (gguf_find_tensor(m->file, "output.weight")) {
-        status = find_weight(m->file, "output.weight", s->n_vocab, s->n_embd, &head, ld->err);
-        if (status != AMBER_OK) return status;
-        m->n_params += (int64_t)s->n_vocab * s->n_embd; /* the embedding, which is not converted */
-    }
-    return load_linear(ld, head, "output.weight", s->n_vocab, s->n_embd, &m->output);
+    return load_head(ld);
 }
 
 amber_status model_load(struct gguf_file *file, const amber_engine_options *options,
@@ -314,15 +390,20 @@ void model_free(struct model *m) {
 
 amber_status model_estimate(const struct gguf_file *file, bool float_weights, struct shape *s,
                             int64_t *weight_bytes, int64_t *mapped_bytes, amber_error *err) {
+    bool packed = false;
     amber_status status = arch_read_shape(file, s, err);
+    if (status == AMBER_OK) status = packed_check(file, &packed, err);
     if (status != AMBER_OK) return status;
     struct projection p[N_PROJ];
     projections(s, p);
-    int64_t layer = 2 * (int64_t)s->n_embd * (int64_t)sizeof(float);
-    for (int i = 0; i < N_PROJ; i++) layer += linear_bytes(p[i].n_out, p[i].n_in, float_weights);
-    *weight_bytes = layer * s->n_layer + linear_bytes(s->n_vocab, s->n_embd, float_weights) +
-                    s->n_embd * (int64_t)sizeof(float);
-    *mapped_bytes = (int64_t)gguf_find_tensor(file, "token_embd.weight")->size;
+    int64_t matrices = linear_bytes(s->n_vocab, s->n_embd, float_weights);
+    for (int i = 0; i < N_PROJ; i++)
+        matrices += s->n_layer * linear_bytes(p[i].n_out, p[i].n_in, float_weights);
+    bool mapped = packed && !float_weights;
+    *weight_bytes = (2 * s->n_layer + 1) * (int64_t)s->n_embd * (int64_t)sizeof(float) +
+                    (mapped ? 0 : matrices);
+    *mapped_bytes = (int64_t)gguf_find_tensor(file, "token_embd.weight")->size +
+                    (mapped ? matrices : 0);
     return AMBER_OK;
 }
 

@@ -50,6 +50,7 @@ struct model {
     struct plan plan;
     int sparse_first_n; /* leading tokens that stay dense */
     double coverage;    /* share of the layers' multiplications with a sparse operand */
+    bool packed; /* an Amber GGUF: w8 and scores point into the mapping */
     bool float_weights;
     int64_t n_params, weight_bytes;
     void **blocks; /* every allocation of the weights, for free */
@@ -68,6 +69,11 @@ void model_free(struct model *model);
 /* Bytes that model_load would hold for this file, without converting anything. */
 amber_status model_estimate(const struct gguf_file *file, bool float_weights, struct shape *shape,
                             int64_t *weight_bytes, int64_t *mapped_bytes, amber_error *err);
+
+/* What an options' sparse text means for this file: itself, or for "auto" the plan in the file's key
+ * amber.plan, "off" where it has none. *out is for the caller to free. */
+amber_status model_plan_text(const struct gguf_file *file, const char *sparse, char **out,
+                             amber_error *err);
 
 /* One embedding row as float32. x [n_embd] */
 void model_embed(const struct model *model, int32_t token, float *x);

@@ -75,7 +75,8 @@ amber_status tok_bpe_load(amber_tokenizer *t, const struct gguf_file *file, ambe
             free(joined);
             return amber_fail(err, AMBER_ERR_FORMAT,
                               "%s: tokenizer.ggml.merges: expected two parts and a space, found "
-                              "\"%.*s\" at %llu", file->label, s.len < 40 ? (int)s.len : 40, s.data,
+                              "\"%.*s\" at %llu",
+                              file->label, s.len < 40 ? (int)s.len : 40, s.data,
                               (unsigned long long)rank);
         }
         size_t left_len = (size_t)(gap - s.data), right_len = (size_t)s.len - left_len - 1;

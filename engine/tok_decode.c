@@ -64,7 +64,8 @@ size_t tok_decode_piece(const amber_tokenizer *t, struct tok_decoder *d, int32_t
         if (!t->bpe) return decode_spaces(s, len, out);
         memcpy(out, s, len);
         return len;
-    default: d->strip = false;
+    default:
+        d->strip = false;
     }
     if (t->bpe) return decode_byte_chars(s, len, out);
     if (strip && len >= TOK_SPACE_LEN && memcmp(s, TOK_SPACE, TOK_SPACE_LEN) == 0) {

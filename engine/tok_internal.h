@@ -46,10 +46,10 @@ struct tok_pretokenizer;
 
 struct amber_tokenizer {
     int32_t n;
-    char *text;       /* all spellings */
-    uint32_t *offset; /* [n + 1] */
-    uint8_t *type;    /* [n] tok_type */
-    uint8_t *flags;   /* [n] AMBER_TOKEN_* */
+    char *text;             /* all spellings */
+    uint32_t *offset;       /* [n + 1] */
+    uint8_t *type;          /* [n] tok_type */
+    uint8_t *flags;         /* [n] AMBER_TOKEN_* */
     struct tok_slot *slots; /* spelling -> id */
     uint32_t slot_mask;
 
@@ -100,11 +100,6 @@ struct tok_heap_entry {
     int32_t id;
 };
 
-struct tok_split { /* an unused SentencePiece piece and the parts it was made of */
-    int32_t id;
-    uint32_t left_len;
-};
-
 struct tok_work {
     int32_t *out;
     int64_t cap, n; /* n counts beyond cap */
@@ -114,9 +109,8 @@ struct tok_work {
     size_t heap_cap;
     char *buffer; /* text rewritten for the model */
     size_t buffer_cap;
-    struct tok_split *splits;
-    size_t n_splits, splits_cap;
-    bool failed; /* an allocation failed; the call ends with AMBER_ERR_MEMORY */
+    uint32_t *left_len; /* [tokenizer's n] of unused SentencePiece pieces; NULL until one occurs */
+    bool failed;        /* an allocation failed; the call ends with AMBER_ERR_MEMORY */
 };
 
 static inline void tok_push(struct tok_work *w, int32_t id) {
@@ -128,11 +122,11 @@ static inline void tok_push(struct tok_work *w, int32_t id) {
 bool tok_reserve(struct tok_work *w, void *array, size_t *cap, size_t need, size_t elem);
 
 /* Merges neighbouring symbols of w->syms[0..n), always the pair of lowest rank first, the left one
- * among equals, until none is left. `pair` tells whether two neighbours merge. Returns the number of
- * symbols left, again dense in w->syms. */
+ * among equals, until none is left. `pair` tells whether two neighbours merge. Returns the number
+ * of symbols left, again dense in w->syms. */
 typedef bool (*tok_pair_fn)(const amber_tokenizer *t, struct tok_work *w, const char *text,
-                            const struct tok_sym *left, const struct tok_sym *right,
-                            uint32_t *rank, int32_t *id);
+                            const struct tok_sym *left, const struct tok_sym *right, uint32_t *rank,
+                            int32_t *id);
 size_t tok_merge(const amber_tokenizer *t, struct tok_work *w, tok_pair_fn pair, const char *text,
                  size_t n);
 

@@ -1,10 +1,11 @@
 /* tok_pretok.c: pre-tokenizers of byte-level BPE models.
  *
  * A model's pre-tokenizer is a list of regular expressions. The first splits the text into its
- * matches and the gaps between them, the next splits each of those, and so on. Here every expression
- * is a function that tells where a match beginning at a given place ends; its comment quotes the
- * expression, and it gives what a backtracking engine gives for that expression. Facts about which
- * model uses which: the models' tokenizer.json files and llama.cpp's table of pre-tokenizer names. */
+ * matches and the gaps between them, the next splits each of those, and so on. Here every
+ * expression is a function that tells where a match beginning at a given place ends; its comment
+ * quotes the expression, and it gives what a backtracking engine gives for that expression. Facts
+ * about which model uses which: the models' tokenizer.json files and llama.cpp's table of
+ * pre-tokenizer names. */
 #include "tok_internal.h"
 
 #include "unicode.h"
@@ -77,8 +78,10 @@ static bool in_ranges(uint32_t cp, const struct range *r, size_t n) {
     size_t a = 0, b = n;
     while (a < b) {
         size_t mid = (a + b) / 2;
-        if (cp > r[mid].last) a = mid + 1;
-        else b = mid;
+        if (cp > r[mid].last)
+            a = mid + 1;
+        else
+            b = mid;
     }
     return a < n && cp >= r[a].first;
 }
@@ -168,13 +171,19 @@ static size_t gpt2(struct span *t, size_t i) {
 }
 
 /* \p{N} */
-static size_t one_number(struct span *t, size_t i) { return digits(t, i, 1); }
+static size_t one_number(struct span *t, size_t i) {
+    return digits(t, i, 1);
+}
 
 /* \p{N}+ */
-static size_t numbers(struct span *t, size_t i) { return run(t, i, UNI_N); }
+static size_t numbers(struct span *t, size_t i) {
+    return run(t, i, UNI_N);
+}
 
 /* \p{N}{1,3} */
-static size_t three_numbers(struct span *t, size_t i) { return digits(t, i, 3); }
+static size_t three_numbers(struct span *t, size_t i) {
+    return digits(t, i, 3);
+}
 
 /* [0-9][0-9][0-9] */
 static size_t three_ascii_digits(struct span *t, size_t i) {
@@ -216,9 +225,15 @@ static size_t llama3_kin(const struct span *t, size_t i, unsigned letters, int m
     return spaces(t, i);
 }
 
-static size_t llama3(struct span *t, size_t i) { return llama3_kin(t, i, UNI_L, 3); }
-static size_t qwen2(struct span *t, size_t i) { return llama3_kin(t, i, UNI_L, 1); }
-static size_t qwen35(struct span *t, size_t i) { return llama3_kin(t, i, UNI_L | UNI_M, 1); }
+static size_t llama3(struct span *t, size_t i) {
+    return llama3_kin(t, i, UNI_L, 3);
+}
+static size_t qwen2(struct span *t, size_t i) {
+    return llama3_kin(t, i, UNI_L, 1);
+}
+static size_t qwen35(struct span *t, size_t i) {
+    return llama3_kin(t, i, UNI_L | UNI_M, 1);
+}
 
 /* (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+
  * |\s+(?!\S)|\s+ */
@@ -232,7 +247,8 @@ static size_t seed_coder(struct span *t, size_t i) {
     return spaces(t, i);
 }
 
-/* As Llama 3, but for white space \s{512}(?!\S)|\s{256}(?!\S)|...|\s{4}(?!\S)|\s{1,2}(?!\S)|\s{1} */
+/* As Llama 3, but for white space \s{512}(?!\S)|\s{256}(?!\S)|...|\s{4}(?!\S)|\s{1,2}(?!\S)|\s{1}
+ */
 static size_t jais2(struct span *t, size_t i) {
     size_t end = contraction(t, i, true);
     if (end > i) return end;
@@ -302,7 +318,8 @@ static size_t tekken(struct span *t, size_t i) {
     return spaces(t, i);
 }
 
-/* WORD(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+ */
+/* WORD(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+
+ */
 static size_t gpt4o(struct span *t, size_t i) {
     size_t end = cased_word(t, i, false);
     if (end > i) return contraction(t, end, true);
@@ -327,7 +344,9 @@ static size_t kimi(struct span *t, size_t i) {
 /* ---- DeepSeek ---- */
 
 /* [\r\n] */
-static size_t one_newline(struct span *t, size_t i) { return i + newline_at(t, i); }
+static size_t one_newline(struct span *t, size_t i) {
+    return i + newline_at(t, i);
+}
 
 /* \s?CLASS+ */
 static size_t space_and_run(const struct span *t, size_t i, unsigned any) {
@@ -338,20 +357,28 @@ static size_t space_and_run(const struct span *t, size_t i, unsigned any) {
 }
 
 /* \s?\p{L}+ */
-static size_t space_letters(struct span *t, size_t i) { return space_and_run(t, i, UNI_L); }
+static size_t space_letters(struct span *t, size_t i) {
+    return space_and_run(t, i, UNI_L);
+}
 
 /* \s?\p{P}+ */
-static size_t space_punctuation(struct span *t, size_t i) { return space_and_run(t, i, UNI_P); }
+static size_t space_punctuation(struct span *t, size_t i) {
+    return space_and_run(t, i, UNI_P);
+}
 
 static const struct range cjk[] = {{0x800, 0x9FA5}, {0xAC00, 0xD7FF}};
 
 /* [一-龥ࠀ-一가-퟿]+ */
-static size_t cjk_run(struct span *t, size_t i) { return RUN_IN(t, i, cjk); }
+static size_t cjk_run(struct span *t, size_t i) {
+    return RUN_IN(t, i, cjk);
+}
 
 static const struct range cjk_kana[] = {{0x3040, 0x30FF}, {0x4E00, 0x9FA5}};
 
 /* [一-龥぀-ゟ゠-ヿ]+ */
-static size_t cjk_kana_run(struct span *t, size_t i) { return RUN_IN(t, i, cjk_kana); }
+static size_t cjk_kana_run(struct span *t, size_t i) {
+    return RUN_IN(t, i, cjk_kana);
+}
 
 static size_t space_and_ranges(const struct span *t, size_t i, const struct range *r, size_t n) {
     size_t end = run_in(t, i, r, n), next;
@@ -390,8 +417,8 @@ static size_t deepseek_llm_letters(struct span *t, size_t i) {
 }
 
 static const struct range deepseek_symbols[] = {
-    {0x21, 0x2F}, {0x3A, 0x7E}, {0x2018, 0x201F}, {0x3000, 0x3002}, {0xFF01, 0xFF0F},
-    {0xFF1A, 0xFF5E},
+    {0x21, 0x2F},     {0x3A, 0x7E},     {0x2018, 0x201F},
+    {0x3000, 0x3002}, {0xFF01, 0xFF0F}, {0xFF1A, 0xFF5E},
 };
 
 /* \s?[!-/:-~！-／：-～‘-‟　-。]+ */
@@ -419,7 +446,9 @@ static bool ascii_symbol(char c) { /* the 32 printable ones: !"#$%&'()*+,-./:;<=
            (c >= '{' && c <= '~');
 }
 
-static bool ascii_letter(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
+static bool ascii_letter(char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
+}
 
 /* [ASCII symbols][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+
  * |\s+(?!\S)|\s+ */
@@ -473,24 +502,38 @@ struct tok_pretokenizer {
 
 static const struct tok_pretokenizer table[] = {
     {"default", {default_punctuation, gpt2, numbers, three_ascii_digits}, false, false},
-    {"gpt-2 phi-2 olmo mpt jais gigachat trillion granite-docling exaone4 mellum modern-bert a.x-4.0 "
+    {"gpt-2 phi-2 olmo mpt jais gigachat trillion granite-docling exaone4 mellum modern-bert "
+     "a.x-4.0 "
      "jina-es jina-de jina-v2-es jina-v2-de",
-     {gpt2}, false, false},
+     {gpt2},
+     false,
+     false},
     {"llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
-     {llama3}, true, true},
+     {llama3},
+     true,
+     true},
     {"dbrx smaug-bpe glm4 chatglm-bpe", {llama3}, false, false},
     {"qwen2 deepseek-r1-qwen megrez kormo f2llmv2 stablelm2 hunyuan solar-open grok-2 bailingmoe "
      "bailingmoe2 llada-moe",
-     {qwen2}, false, false},
+     {qwen2},
+     false,
+     false},
     {"qwen35", {qwen35}, false, false},
     {"deepseek-llm",
      {one_newline, deepseek_llm_letters, deepseek_llm_symbols, spaces_at_end, cjk_run, numbers},
-     false, false},
-    {"deepseek-coder", {one_newline, space_letters, space_punctuation, cjk_run, one_number}, false,
+     false,
      false},
-    {"deepseek-v3 hunyuan-dense joyai-llm", {three_numbers, cjk_kana_run, deepseek_v3}, false,
+    {"deepseek-coder",
+     {one_newline, space_letters, space_punctuation, cjk_run, one_number},
+     false,
      false},
-    {"starcoder refact command-r smollm codeshell exaone minerva-7b", {one_number, gpt2}, false,
+    {"deepseek-v3 hunyuan-dense joyai-llm",
+     {three_numbers, cjk_kana_run, deepseek_v3},
+     false,
+     false},
+    {"starcoder refact command-r smollm codeshell exaone minerva-7b",
+     {one_number, gpt2},
+     false,
      false},
     {"falcon", {falcon_punctuation, gpt2, three_ascii_digits}, false, false},
     {"tekken", {tekken}, true, true},
@@ -531,8 +574,12 @@ void tok_pre_names(char *buf, size_t cap) {
     }
 }
 
-bool tok_pre_adds_bos(const struct tok_pretokenizer *pre) { return pre->adds_bos; }
-bool tok_pre_takes_whole(const struct tok_pretokenizer *pre) { return pre->takes_whole; }
+bool tok_pre_adds_bos(const struct tok_pretokenizer *pre) {
+    return pre->adds_bos;
+}
+bool tok_pre_takes_whole(const struct tok_pretokenizer *pre) {
+    return pre->takes_whole;
+}
 
 /* ---- splitting ---- */
 

@@ -19,8 +19,8 @@ static bool mergeable(const amber_tokenizer *t, int32_t id) {
 
 /* ---- where no merge can happen ----
  *
- * If no piece has the character a directly before b, nothing ever merges across a-b, so the text can
- * be cut there and its parts merged on their own. This turns a book into words without assuming
+ * If no piece has the character a directly before b, nothing ever merges across a-b, so the text
+ * can be cut there and its parts merged on their own. This turns a book into words without assuming
  * anything about spaces. The set holds hashes: a false positive only leaves a part longer. */
 
 static inline uint32_t adjacent_hash(uint32_t a, uint32_t b) {
@@ -62,13 +62,15 @@ amber_status tok_spm_load(amber_tokenizer *t, const struct gguf_file *file, ambe
     if (!scores) {
         return amber_fail(err, AMBER_ERR_FORMAT,
                           "%s: tokenizer.ggml.scores: missing, a SentencePiece vocabulary has one "
-                          "per token", file->label);
+                          "per token",
+                          file->label);
     }
     if (scores->type != GGUF_ARRAY || scores->elem_type != GGUF_F32 ||
         scores->count != (uint64_t)t->n) {
         return amber_fail(err, AMBER_ERR_FORMAT,
                           "%s: tokenizer.ggml.scores: expected %d float32 values, found %llu of "
-                          "type %u", file->label, t->n, (unsigned long long)scores->count,
+                          "type %u",
+                          file->label, t->n, (unsigned long long)scores->count,
                           (unsigned)scores->elem_type);
     }
     t->rank = malloc((size_t)t->n * sizeof *t->rank);
@@ -97,13 +99,12 @@ static bool pair_rank(const amber_tokenizer *t, struct tok_work *w, const char *
     if (t->type[found] == TOK_UNUSED) {
         /* Merges may go through an unused piece, but the result may not keep it: remember its
          * parts. The last pair seen counts, as in SentencePiece. */
-        size_t i = 0;
-        while (i < w->n_splits && w->splits[i].id != found) i++;
-        if (i == w->n_splits) {
-            if (!tok_reserve(w, &w->splits, &w->splits_cap, i + 1, sizeof *w->splits)) return false;
-            w->n_splits++;
+        if (!w->left_len) w->left_len = calloc((size_t)t->n, sizeof *w->left_len);
+        if (!w->left_len) {
+            w->failed = true;
+            return false;
         }
-        w->splits[i] = (struct tok_split){found, left->len};
+        w->left_len[found] = left->len;
     }
     *rank = t->rank[found];
     *id = found;
@@ -122,24 +123,24 @@ static void push_bytes(const amber_tokenizer *t, struct tok_work *w, const char 
     }
 }
 
-static void push_piece(const amber_tokenizer *t, struct tok_work *w, const char *text,
-                       uint32_t len) {
+/* Unused pieces inside unused pieces: no sound vocabulary nests this deep, and the stack has an
+ * end. */
+#define MAX_DEPTH 500
+
+static void push_piece(const amber_tokenizer *t, struct tok_work *w, const char *text, uint32_t len,
+                       int depth) {
     for (;;) {
         int32_t id = len > t->max_piece ? -1 : tok_find(t, text, len);
         if (id < 0 || !mergeable(t, id)) {
             push_bytes(t, w, text, len);
             return;
         }
-        size_t i = 0;
-        if (t->type[id] == TOK_UNUSED) {
-            while (i < w->n_splits && w->splits[i].id != id) i++;
-        }
-        if (t->type[id] != TOK_UNUSED || i == w->n_splits) {
+        uint32_t left = t->type[id] == TOK_UNUSED && w->left_len ? w->left_len[id] : 0;
+        if (left == 0 || depth == MAX_DEPTH) {
             tok_push(w, id);
             return;
         }
-        uint32_t left = w->splits[i].left_len;
-        push_piece(t, w, text, left); /* at most max_piece deep: both parts are shorter */
+        push_piece(t, w, text, left, depth + 1);
         text += left;
         len -= left;
     }
@@ -153,7 +154,7 @@ static void encode_part(const amber_tokenizer *t, struct tok_work *w, const char
         if (s->id >= 0 && t->type[s->id] != TOK_UNUSED) {
             tok_push(w, s->id);
         } else {
-            push_piece(t, w, text + s->start, s->len);
+            push_piece(t, w, text + s->start, s->len, 0);
         }
     }
 }

@@ -59,7 +59,8 @@ static amber_status load_tokens(amber_tokenizer *t, const struct gguf_file *file
     if (bytes >= UINT32_MAX) {
         return amber_fail(err, AMBER_ERR_FORMAT,
                           "%s: tokenizer.ggml.tokens: expected less than 4 GiB of text, found %llu "
-                          "bytes", file->label, (unsigned long long)bytes);
+                          "bytes",
+                          file->label, (unsigned long long)bytes);
     }
     t->n = (int32_t)kv->count;
     size_t n = (size_t)t->n;
@@ -117,8 +118,7 @@ int tok_byte_value(const char *s, uint32_t len) {
     return value;
 }
 
-static amber_status load_types(amber_tokenizer *t, const struct gguf_file *file,
-                               amber_error *err) {
+static amber_status load_types(amber_tokenizer *t, const struct gguf_file *file, amber_error *err) {
     const struct gguf_kv *kv = gguf_find(file, "tokenizer.ggml.token_type");
     if (!kv) {
         for (int32_t id = 0; id < t->n; id++) {
@@ -128,12 +128,13 @@ static amber_status load_types(amber_tokenizer *t, const struct gguf_file *file,
         }
         return AMBER_OK;
     }
-    bool integers = kv->elem_type <= GGUF_I32 || kv->elem_type == GGUF_U64 ||
-                    kv->elem_type == GGUF_I64;
+    bool integers =
+        kv->elem_type <= GGUF_I32 || kv->elem_type == GGUF_U64 || kv->elem_type == GGUF_I64;
     if (kv->type != GGUF_ARRAY || !integers || kv->count != (uint64_t)t->n) {
         return amber_fail(err, AMBER_ERR_FORMAT,
                           "%s: tokenizer.ggml.token_type: expected %d integers, found %llu of type "
-                          "%u", file->label, t->n, (unsigned long long)kv->count,
+                          "%u",
+                          file->label, t->n, (unsigned long long)kv->count,
                           (unsigned)kv->elem_type);
     }
     for (int32_t id = 0; id < t->n; id++) {
@@ -141,7 +142,8 @@ static amber_status load_types(amber_tokenizer *t, const struct gguf_file *file,
         if (type < TOK_UNDEFINED || type > TOK_BYTE) {
             return amber_fail(err, AMBER_ERR_FORMAT,
                               "%s: tokenizer.ggml.token_type: expected 0 to 6, found %lld for "
-                              "token %d", file->label, (long long)type, id);
+                              "token %d",
+                              file->label, (long long)type, id);
         }
         t->type[id] = type == TOK_UNDEFINED ? TOK_NORMAL : (uint8_t)type;
     }
@@ -170,9 +172,10 @@ static amber_status get_id(const amber_tokenizer *t, const struct gguf_file *fil
     return AMBER_OK;
 }
 
-/* Spellings by which models mark the end of a turn or a text. Chat models' files often name only one
- * of theirs in eos_token_id, so these count too. The first group counts whatever its type (some
- * converters mark them as plain text); the second could be plain text and must be special. */
+/* Spellings by which models mark the end of a turn or a text. Chat models' files often name only
+ * one of theirs in eos_token_id, so these count too. The first group is made control whatever its
+ * type: some converters call them plain text or user-defined, and then a user's text could end the
+ * turn. The second could well be plain text and must be special by type. */
 static const char *const end_marks[] = {
     "<|im_end|>",
     "<|eot_id|>",
@@ -194,7 +197,8 @@ static const char *const end_marks[] = {
     "<end_of_turn>",
     "<end_of_utterance>",
     "<turn|>",
-    "<\xEF\xBD\x9C" "end" TOK_SPACE "of" TOK_SPACE "sentence\xEF\xBD\x9C>",
+    "<\xEF\xBD\x9C"
+    "end" TOK_SPACE "of" TOK_SPACE "sentence\xEF\xBD\x9C>",
     "<|end" TOK_SPACE "of" TOK_SPACE "sentence|>",
 };
 static const char *const end_marks_if_special[] = {
@@ -213,7 +217,7 @@ static void mark_end_spellings(amber_tokenizer *t) {
     for (size_t i = 0; i < sizeof end_marks / sizeof *end_marks; i++) {
         int32_t id = find_text(t, end_marks[i]);
         if (id < 0) continue;
-        if (t->type[id] != TOK_USER) t->type[id] = TOK_CONTROL;
+        t->type[id] = TOK_CONTROL;
         mark_end(t, id);
     }
     for (size_t i = 0; i < sizeof end_marks_if_special / sizeof *end_marks_if_special; i++) {
@@ -275,9 +279,10 @@ static amber_status load_specials(amber_tokenizer *t, const struct gguf_file *fi
                         : t->type[id] == TOK_BYTE    ? AMBER_TOKEN_BYTE
                                                      : 0;
     }
-    /* A model that writes its begin-of-text mark has ended one text and begins another: whatever the
-     * caller asked for is over. Small models trained on texts joined by BOS never write an EOS at
-     * all. Where the key names a plain token (files with a wrong default exist), it means nothing. */
+    /* A model that writes its begin-of-text mark has ended one text and begins another: whatever
+     * the caller asked for is over. Small models trained on texts joined by BOS never write an EOS
+     * at all. Where the key names a plain token (files with a wrong default exist), it means
+     * nothing. */
     if (t->bos >= 0 && t->type[t->bos] == TOK_CONTROL) mark_end(t, t->bos);
 
     bool add;
@@ -291,6 +296,13 @@ static amber_status load_specials(amber_tokenizer *t, const struct gguf_file *fi
 }
 
 /* ---- special tokens inside a text ---- */
+
+/* Longer spellings are not looked for: no model has them, and they would make the search slow. */
+#define MAX_SPECIAL 1024
+
+static bool is_matched(const amber_tokenizer *t, int32_t id, uint32_t len) {
+    return is_special(t, id) && len > 0 && len <= MAX_SPECIAL;
+}
 
 static int compare_specials(const void *a, const void *b) {
     const struct tok_special *x = a, *y = b;
@@ -315,7 +327,7 @@ static amber_status build_special_lists(amber_tokenizer *t, amber_error *err) {
     for (int32_t id = 0; id < t->n; id++) {
         uint32_t len;
         tok_text(t, id, &len);
-        if (!is_special(t, id) || len == 0) continue;
+        if (!is_matched(t, id, len)) continue;
         count++;
         bytes += len;
     }
@@ -327,13 +339,14 @@ static amber_status build_special_lists(amber_tokenizer *t, amber_error *err) {
     for (int32_t id = 0; id < t->n; id++) {
         uint32_t len;
         const char *s = tok_text(t, id, &len);
-        if (!is_special(t, id) || len == 0) continue;
+        if (!is_matched(t, id, len)) continue;
         struct tok_special item = {write, 0, id};
         /* SentencePiece matches its user-defined symbols in text whose spaces are already
          * U+2581; here the text has plain spaces. */
         bool spaced = !t->bpe && t->type[id] == TOK_USER;
         for (uint32_t i = 0; i < len;) {
-            if (spaced && len - i >= TOK_SPACE_LEN && memcmp(s + i, TOK_SPACE, TOK_SPACE_LEN) == 0) {
+            if (spaced && len - i >= TOK_SPACE_LEN &&
+                memcmp(s + i, TOK_SPACE, TOK_SPACE_LEN) == 0) {
                 *write++ = ' ';
                 i += TOK_SPACE_LEN;
             } else {
@@ -363,15 +376,19 @@ static const struct tok_special *match_special(const struct tok_special_list *li
         uint32_t a = lo, b = hi;
         while (a < b) { /* first item whose next byte is c or above */
             uint32_t mid = a + (b - a) / 2;
-            if ((uint8_t)list->items[mid].text[depth] < c) a = mid + 1;
-            else b = mid;
+            if ((uint8_t)list->items[mid].text[depth] < c)
+                a = mid + 1;
+            else
+                b = mid;
         }
         lo = a;
         b = hi;
         while (a < b) { /* first item whose next byte is above c */
             uint32_t mid = a + (b - a) / 2;
-            if ((uint8_t)list->items[mid].text[depth] <= c) a = mid + 1;
-            else b = mid;
+            if ((uint8_t)list->items[mid].text[depth] <= c)
+                a = mid + 1;
+            else
+                b = mid;
         }
         hi = a;
     }
@@ -380,8 +397,8 @@ static const struct tok_special *match_special(const struct tok_special_list *li
 
 /* ---- loading ---- */
 
-/* Phi-3's own tokenizer lets most of its special tokens swallow white space behind them; GGUF has no
- * key for that, so the model's name has to tell, as in llama.cpp. */
+/* Phi-3's own tokenizer lets most of its special tokens swallow white space behind them; GGUF has
+ * no key for that, so the model's name has to tell, as in llama.cpp. */
 static bool named_phi3(const struct gguf_file *file) {
     struct gguf_string name;
     if (gguf_get_string(file, "general.name", &name, NULL) <= 0) return false;
@@ -400,7 +417,9 @@ static bool string_is(struct gguf_string s, const char *text) {
     return s.len == strlen(text) && memcmp(s.data, text, (size_t)s.len) == 0;
 }
 
-static int shown(struct gguf_string s) { return s.len < 40 ? (int)s.len : 40; }
+static int shown(struct gguf_string s) {
+    return s.len < 40 ? (int)s.len : 40;
+}
 
 static amber_status choose_model(amber_tokenizer *t, const struct gguf_file *file,
                                  amber_error *err) {
@@ -416,7 +435,8 @@ static amber_status choose_model(amber_tokenizer *t, const struct gguf_file *fil
     if (!t->bpe && !string_is(model, "llama")) {
         return amber_fail(err, AMBER_ERR_UNSUPPORTED,
                           "%s: tokenizer.ggml.model: expected llama (SentencePiece BPE) or gpt2 "
-                          "(byte-level BPE), found %.*s", file->label, shown(model), model.data);
+                          "(byte-level BPE), found %.*s",
+                          file->label, shown(model), model.data);
     }
     if (!t->bpe) return AMBER_OK;
 
@@ -460,8 +480,8 @@ static amber_status load(amber_tokenizer *t, const struct gguf_file *file, amber
         if (value < 0) {
             return amber_fail(err, AMBER_ERR_FORMAT,
                               "%s: tokenizer.ggml.tokens: expected byte token %d to read <0x00> to "
-                              "<0xFF>, found \"%.*s\"", file->label, id, len < 40 ? (int)len : 40,
-                              s);
+                              "<0xFF>, found \"%.*s\"",
+                              file->label, id, len < 40 ? (int)len : 40, s);
         }
         t->byte_id[value] = id;
     }
@@ -510,10 +530,18 @@ void amber_tokenizer_close(amber_tokenizer *t) {
 
 /* ---- looking tokens up ---- */
 
-int32_t amber_tokenizer_size(const amber_tokenizer *t) { return t->n; }
-int32_t amber_tokenizer_bos(const amber_tokenizer *t) { return t->bos; }
-int32_t amber_tokenizer_eos(const amber_tokenizer *t) { return t->eos; }
-int32_t amber_tokenizer_adds_bos(const amber_tokenizer *t) { return t->add_bos; }
+int32_t amber_tokenizer_size(const amber_tokenizer *t) {
+    return t->n;
+}
+int32_t amber_tokenizer_bos(const amber_tokenizer *t) {
+    return t->bos;
+}
+int32_t amber_tokenizer_eos(const amber_tokenizer *t) {
+    return t->eos;
+}
+int32_t amber_tokenizer_adds_bos(const amber_tokenizer *t) {
+    return t->add_bos;
+}
 
 int32_t amber_token_flags(const amber_tokenizer *t, int32_t token) {
     return token >= 0 && token < t->n ? t->flags[token] : 0;
@@ -594,7 +622,7 @@ int32_t amber_tokenize(const amber_tokenizer *t, const char *text, int32_t lengt
     free(w.syms);
     free(w.heap);
     free(w.buffer);
-    free(w.splits);
+    free(w.left_len);
     if (w.failed) return -(int32_t)no_memory(err);
     if (w.n > INT32_MAX) {
         return -(int32_t)amber_fail(err, AMBER_ERR_ARGUMENT,

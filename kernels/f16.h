@@ -7,7 +7,8 @@
 #include <string.h>
 
 static inline float f32_from_f16_bits(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023, bits;
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023,
+             bits;
     if (exponent == 31) {
         bits = sign | 0x7f800000 | fraction << 13;
     } else if (exponent) {

@@ -1,18 +1,19 @@
 /* kernels.h: the operation table. One function pointer per operation, filled once when a model is
- * opened (kernels/cpu/dispatch.c), from the CPU's features. The engine calls through it and knows no
- * instruction set; the kernels know no model.
+ * opened (kernels/cpu/dispatch.c), from the CPU's features. The engine calls through it and knows
+ * no instruction set; the kernels know no model.
  *
  * Every operation has a scalar twin in kernels/ref that is never tuned: it is the contract in code,
  * the oracle of the tests, and the column of last resort. Integer results equal the twin's exactly;
  * float results agree within a bound that the tests derive from norms and epsilon.
  *
- * Operations that are split over threads take a half-open range of work. Ranges may be cut anywhere:
- * a result never depends on how the work was split, nor on how many rows a call has. No operation
- * allocates, prints, locks or keeps state. Pointers do not alias unless it says so. */
+ * Operations that are split over threads take a half-open range of work. Ranges may be cut
+ * anywhere: a result never depends on how the work was split, nor on how many rows a call has. No
+ * operation allocates, prints, locks or keeps state. Pointers do not alias unless it says so. */
 #ifndef AMBER_KERNELS_H
 #define AMBER_KERNELS_H
 
 #include "sparse.h"
+#include "sparse_gemm.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -33,10 +34,10 @@
  * Activations X[T,K] are symmetric per row (token): X[t,k] ~ scale[t] * x, x in -127..127, kept row
  * by row, zero-padded to k_pad. */
 
-#define AMBER_PANEL     16    /* outputs of one weight panel */
-#define AMBER_K_ALIGN   64    /* k_pad is a multiple of it; quantized rows start 64-byte aligned */
-#define AMBER_MAX_K     65536 /* largest k_pad: |sum| stays below 2^31 */
-#define AMBER_HEAD_MAX  512   /* largest head_dim of attention */
+#define AMBER_PANEL    16    /* outputs of one weight panel */
+#define AMBER_K_ALIGN  64    /* k_pad is a multiple of it; quantized rows start 64-byte aligned */
+#define AMBER_MAX_K    65536 /* largest k_pad: |sum| stays below 2^31 */
+#define AMBER_HEAD_MAX 512   /* largest head_dim of attention */
 
 struct amber_w8 {
     const uint8_t *q;   /* [panels, k_pad/4, 16, 4] uint8, 64-byte aligned */
@@ -47,9 +48,9 @@ struct amber_w8 {
 };
 
 struct amber_a8 {
-    int8_t *q;      /* [rows, stride] int8, 64-byte aligned rows */
-    float *scale;   /* [rows] */
-    int32_t *sum;   /* [rows] sum of x over the row */
+    int8_t *q;          /* [rows, stride] int8, 64-byte aligned rows */
+    float *scale;       /* [rows] */
+    int32_t *sum;       /* [rows] sum of x over the row */
     const float *shift; /* [rows] what was taken off every element before quantization, or NULL */
     int rows;
     int k_pad;      /* equals the weights' */
@@ -58,7 +59,9 @@ struct amber_a8 {
 
 /* Bytes from one row of INT8 activations to the next that every kernel likes: an odd number of
  * cache lines, so that the same columns of neighbouring rows do not share L1 sets. */
-static inline int64_t amber_a8_stride(int k_pad) { return (k_pad / 64 | 1) * (int64_t)64; }
+static inline int64_t amber_a8_stride(int k_pad) {
+    return (k_pad / 64 | 1) * (int64_t)64;
+}
 
 /* v = (float)acc[t,o] * (a.scale[t] * w.scale[o]), then v + a.shift[t] * w.sum[o] where there is a
  * shift, then v + bias[o] where there is one, then y[t,o] + v where add, each operation rounded to
@@ -66,8 +69,8 @@ static inline int64_t amber_a8_stride(int k_pad) { return (k_pad / 64 | 1) * (in
 struct amber_gemm_w8a8 {
     struct amber_w8 w;
     struct amber_a8 a;
-    float *y;     /* [rows, ldy] float32; columns >= n_out are not written */
-    int64_t ldy;  /* floats from row to row */
+    float *y;    /* [rows, ldy] float32; columns >= n_out are not written */
+    int64_t ldy; /* floats from row to row */
     bool add;
 };
 
@@ -86,11 +89,11 @@ struct amber_gemm_f32 {
 /* Causal attention of `rows` consecutive tokens of one session, grouped-query heads.
  * Query row r stands at position pos0 + r and sees the cache positions
  *     max(0, pos0 + r - window + 1) .. pos0 + r      (window == 0: from 0)
- * Scores are scale * q.k, then softcap * tanh(score / softcap) where softcap > 0, softmax in float32.
- * Query head h reads cache head h / (n_head / n_head_kv).
+ * Scores are scale * q.k, then softcap * tanh(score / softcap) where softcap > 0, softmax in
+ * float32. Query head h reads cache head h / (n_head / n_head_kv).
  *
- * The cache of one layer is [n_head_kv, n_ctx, head_dim], float16 bits, or float32 where kv_f32. Its
- * rows for the new tokens are already written.
+ * The cache of one layer is [n_head_kv, n_ctx, head_dim], float16 bits, or float32 where kv_f32.
+ * Its rows for the new tokens are already written.
  *
  * One unit of work is one (row block, cache head); attention_units() tells how many there are. Row
  * blocks are dealt so that equal shares of the units cost about the same. head_dim is a multiple of
@@ -117,10 +120,10 @@ struct amber_kernels {
     void (*f16_from_f32)(uint16_t *y, const float *x, int n);
 
     /* One row to INT8: scale = absmax/127, q = round-half-even(x / scale) computed as
-     * x * (127/absmax) in float32, padding zeroed, sum = sum(q). A row of zeros gets scale 0, and so
-     * does one so small that 127/absmax overflows. A row that holds a NaN or an infinity gets scale
-     * NaN, q = 0 and sum = 0, so that all it is multiplied into becomes NaN as in float arithmetic.
-     * x [n]; q [k_pad], k_pad >= n. */
+     * x * (127/absmax) in float32, padding zeroed, sum = sum(q). A row of zeros gets scale 0, and
+     * so does one so small that 127/absmax overflows. A row that holds a NaN or an infinity gets
+     * scale NaN, q = 0 and sum = 0, so that all it is multiplied into becomes NaN as in float
+     * arithmetic. x [n]; q [k_pad], k_pad >= n. */
     void (*quantize_row)(int8_t *q, float *scale, int32_t *sum, const float *x, int n, int k_pad);
     /* Zeroes what a sparsity pattern does not keep; see sparse.h. */
     amber_prune_fn prune;
@@ -128,6 +131,10 @@ struct amber_kernels {
     /* Panels panel0..panel1-1 of all rows. rows == 1 is the decode GEMV, streaming each weight byte
      * once. */
     void (*gemm_w8a8)(const struct amber_gemm_w8a8 *g, int panel0, int panel1);
+    /* The product that skips what a block pattern pruned, see sparse_gemm.h. Both are NULL where the
+     * column has none that is faster than its dense product. */
+    amber_pack_nm_fn pack_nm;
+    amber_gemm_nm_fn gemm_nm;
     /* Outputs out0..out1-1 of all rows. Each output's sum has one order, whatever the tile. */
     void (*gemm_f32)(const struct amber_gemm_f32 *g, int out0, int out1);
 
@@ -138,11 +145,11 @@ struct amber_kernels {
     size_t attention_scratch;
 };
 
-/* Quantizes (by the rules of quantize_row) and packs weight panel `panel`: rows o = 16 * panel .. of
- * the float matrix, of which n_rows <= 16 exist. src [n_rows, n_in] float32; q, scale: the whole
+/* Quantizes (by the rules of quantize_row) and packs weight panel `panel`: rows o = 16 * panel ..
+ * of the float matrix, of which n_rows <= 16 exist. src [n_rows, n_in] float32; q, scale: the whole
  * matrix's. Portable C: it runs once per model. */
-void amber_pack_w8_panel(uint8_t *q, float *scale, const float *src, int panel, int n_rows, int n_in,
-                         int k_pad);
+void amber_pack_w8_panel(uint8_t *q, float *scale, const float *src, int panel, int n_rows,
+                         int n_in, int k_pad);
 
 /* The columns. A column starts as a copy of the next plainer one, so an operation that has no own
  * version there is inherited. Each fills the table and returns true, or returns false where this

@@ -32,8 +32,8 @@ static void quantize(uint8_t *q, const float *x, int n, float inverse) {
     }
 }
 
-void amber_pack_w8_panel(uint8_t *q, float *scale, const float *src, int panel, int n_rows, int n_in,
-                         int k_pad) {
+void amber_pack_w8_panel(uint8_t *q, float *scale, const float *src, int panel, int n_rows,
+                         int n_in, int k_pad) {
     uint8_t rows[AMBER_PANEL][CHUNK];
     float inverse[AMBER_PANEL] = {0}; /* 0 makes a row of zeros */
     q += (size_t)panel * AMBER_PANEL * k_pad;

@@ -28,7 +28,9 @@ static uint32_t random_bits(void) { /* xorshift64* (Marsaglia; Vigna) */
     return (uint32_t)(state * 2685821657736338717u >> 32);
 }
 
-static float uniform(void) { return (float)((int32_t)random_bits() * 0x1p-31); } /* -1..1 */
+static float uniform(void) {
+    return (float)((int32_t)random_bits() * 0x1p-31);
+} /* -1..1 */
 
 enum { GUARD = 256, MARK = 0xa5 };
 
@@ -73,7 +75,8 @@ static float *uniforms(int64_t n) {
 static bool close_to(const float *x, const double *want, const double *bound, int n) {
     for (int i = 0; i < n; i++) {
         if (!(fabs(x[i] - want[i]) <= bound[i])) {
-            fprintf(stderr, "    [%d] %.9g, expected %.9g, bound %.3g\n", i, x[i], want[i], bound[i]);
+            fprintf(stderr, "    [%d] %.9g, expected %.9g, bound %.3g\n", i, x[i], want[i],
+                    bound[i]);
             return false;
         }
     }
@@ -178,7 +181,8 @@ static void check_int8(int rows, int n_out, int n_in, int fill) {
     int8_oracle(&c, want);
     for (int i = 0; i < n_columns; i++)
         if (!CHECK(int8_run(&columns[i], &c, 0, c.panels, c.panels, want)))
-            fprintf(stderr, "    %s, rows %d, n_out %d, n_in %d\n", columns[i].isa, rows, n_out, n_in);
+            fprintf(stderr, "    %s, rows %d, n_out %d, n_in %d\n", columns[i].isa, rows, n_out,
+                    n_in);
     release();
 }
 
@@ -257,7 +261,8 @@ static void check_quantize(const float *x, int n) {
         int32_t sum = -1;
         memset(q, 99, (size_t)k_pad);
         columns[i].quantize_row(q, &scale, &sum, x, n, k_pad);
-        if (!CHECK(memcmp(q, want, (size_t)k_pad) == 0)) fprintf(stderr, "    %s\n", columns[i].isa);
+        if (!CHECK(memcmp(q, want, (size_t)k_pad) == 0))
+            fprintf(stderr, "    %s\n", columns[i].isa);
         CHECK_EQ(sum, total);
         if (finite) {
             CHECK(scale == (zero ? 0 : (float)absmax / 127.0f));
@@ -271,14 +276,15 @@ static void test_quantize_row(void) {
     for (int n = 1; n <= 300; n++) {
         float *x = uniforms(n);
         check_quantize(x, n);
-        for (int i = 0; i < n; i++) x[i] = (float)((int)(random_bits() % 509) - 254) * 0.5f; /* ties */
+        for (int i = 0; i < n; i++)
+            x[i] = (float)((int)(random_bits() % 509) - 254) * 0.5f; /* ties */
         x[random_bits() % (unsigned)n] = -127;
         check_quantize(x, n);
         for (int i = 0; i < n; i++) x[i] = uniform() * 1e-37f;
         check_quantize(x, n);
         release();
     }
-    static const float odd[] = {NAN,      -NAN,    INFINITY, -INFINITY, 0.0f,   -0.0f,  FLT_MAX,
+    static const float odd[] = {NAN,      -NAN,    INFINITY, -INFINITY, 0.0f,     -0.0f,    FLT_MAX,
                                 -FLT_MAX, FLT_MIN, 1e-40f,   1e-45f,    3.7e-37f, 3.8e-37f, 1.0f};
     for (int n = 1; n <= 70; n++) {
         for (int v = 0; v < 14; v++) {
@@ -325,8 +331,9 @@ static void test_pack(void) {
                     ref.quantize_row(row, &row_scale, &sum, w + (int64_t)o * n_in, n_in, k_pad);
                 wrong += !(scale[o] == row_scale || (isnan(scale[o]) && isnan(row_scale)));
                 for (int k = 0; k < k_pad; k++)
-                    wrong += q[((size_t)(o / 16) * (k_pad / 4) + k / 4) * 64 + o % 16 * 4 + k % 4] !=
-                             row[k] + 128;
+                    wrong +=
+                        q[((size_t)(o / 16) * (k_pad / 4) + k / 4) * 64 + o % 16 * 4 + k % 4] !=
+                        row[k] + 128;
             }
             CHECK_EQ(wrong, 0);
             release();
@@ -353,7 +360,8 @@ static void test_f16(void) {
         }
     }
     CHECK_EQ(wrong, 0);
-    /* Each float16, the midpoint to the next (a tie goes to the even one), and the floats around. */
+    /* Each float16, the midpoint to the next (a tie goes to the even one), and the floats around.
+     */
     enum { N = 31744 * 4 };
     float *x = guarded(2 * N * 4);
     uint16_t *want = guarded(2 * N * 2), *y = guarded(2 * N * 2);
@@ -525,7 +533,8 @@ static void check_gemm_f32(int rows, int n_out, int n_in) {
         columns[i].gemm_f32(&g, 0, n_out);
         CHECK(close_to(whole, want, bound, (int)n));
         g.y = y;
-        for (int cut = 0; cut <= n_out; cut += 1 + n_out / 7) { /* the same bits however it is cut */
+        for (int cut = 0; cut <= n_out;
+             cut += 1 + n_out / 7) { /* the same bits however it is cut */
             memcpy(y, before, (size_t)n * 4);
             columns[i].gemm_f32(&g, 0, cut);
             columns[i].gemm_f32(&g, cut, n_out);
@@ -534,7 +543,8 @@ static void check_gemm_f32(int rows, int n_out, int n_in) {
         struct amber_gemm_f32 one = g;
         memcpy(y, before, (size_t)n * 4);
         one.rows = 1;
-        for (int t = 0; t < rows; t++, one.x += ldx, one.y += ldy) columns[i].gemm_f32(&one, 0, n_out);
+        for (int t = 0; t < rows; t++, one.x += ldx, one.y += ldy)
+            columns[i].gemm_f32(&one, 0, n_out);
         CHECK(memcmp(y, whole, (size_t)n * 4) == 0);
     }
     release();
@@ -599,8 +609,8 @@ static void attention_oracle(const struct amber_attention *a, double *want, doub
     free(weight);
 }
 
-static void run_attention(const struct amber_kernels *k, struct amber_attention a, int row0, int rows,
-                          float *out, void *scratch, bool in_units) {
+static void run_attention(const struct amber_kernels *k, struct amber_attention a, int row0,
+                          int rows, float *out, void *scratch, bool in_units) {
     int64_t width = (int64_t)a.n_head * a.head_dim;
     a.q += row0 * width;
     a.out = out + row0 * width;
@@ -651,8 +661,8 @@ static void check_attention(int rows, int pos0, int n_head, int n_head_kv, int d
         void *scratch = guarded(k->attention_scratch);
         run_attention(k, a, 0, rows, whole, scratch, false);
         if (!CHECK(close_to(whole, want, bound, (int)n)))
-            fprintf(stderr, "    %s rows %d pos0 %d heads %d/%d d %d window %d cap %g f32 %d\n", k->isa,
-                    rows, pos0, n_head, n_head_kv, d, window, softcap, kv_f32);
+            fprintf(stderr, "    %s rows %d pos0 %d heads %d/%d d %d window %d cap %g f32 %d\n",
+                    k->isa, rows, pos0, n_head, n_head_kv, d, window, softcap, kv_f32);
         run_attention(k, a, 0, rows, part, scratch, true);
         CHECK(memcmp(part, whole, (size_t)n * 4) == 0);
         for (int step = 1; step < rows; step = step * 3 + 2) { /* the same bits in chunks of rows */
@@ -695,13 +705,15 @@ static void test_select(void) {
     char names[128];
     snprintf(names, sizeof names, "%s", amber_kernels_list());
     for (char *name = strtok(names, " "); name; name = strtok(NULL, " ")) {
-        if (!CHECK(n_columns < MAX_COLUMNS && amber_kernels_select(&columns[n_columns], name))) continue;
+        if (!CHECK(n_columns < MAX_COLUMNS && amber_kernels_select(&columns[n_columns], name)))
+            continue;
         CHECK(strcmp(columns[n_columns].isa, name) == 0);
         n_columns++;
     }
     CHECK(amber_kernels_ref(&ref) && strcmp(columns[n_columns - 1].isa, "ref") == 0);
     CHECK(amber_kernels_select(&k, NULL) && strcmp(k.isa, columns[0].isa) == 0);
-    CHECK(amber_a8_stride(64) == 64 && amber_a8_stride(2048) == 2112 && amber_a8_stride(192) == 192);
+    CHECK(amber_a8_stride(64) == 64 && amber_a8_stride(2048) == 2112 &&
+          amber_a8_stride(192) == 192);
 }
 
 int main(void) {

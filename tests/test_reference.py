@@ -10,17 +10,17 @@ import amber
 import numpy as np
 import pytest
 
-# float32 with a float16 KV cache: a cached value is off by up to 2^-11 = 4.9e-4 of itself, and
-# attention and the layers behind it do not amplify that in norm; float32 sums of a few thousand
-# terms add less than 1e-4. Relative to the largest logit of the step.
-TOLERANCE = 1e-3
+# All of float mode is float32, the KV cache too. A sum of K <= 768 products is off by about
+# sqrt(K) * 2^-24 = 2e-6 of its norm; some 45 such steps in a row add up like sqrt(45), to 1e-5. The
+# file's own digits (1e-5 of logits around 10) add 1e-6. Relative to the largest logit of a step.
+TOLERANCE = 5e-5
 
 NAMES = [
     *(f"stories260K-{t}" for t in ("f32", "f16", "q8_0", "q4_0")),
     *(f"tinystories-656k-{t}" for t in ("f32", "f16", "q8_0", "q4_0")),
     *(f"stories3M-{t}" for t in
       ("f16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_0", "IQ4_NL", "Q4_K_M", "qwen2-f16")),
-    *(f"stories3M-pad256-{t}" for t in ("f16", "Q6_K", "Q4_K_M", "Q3_K_M", "Q2_K")),
+    *(f"stories3M-pad256-{t}" for t in ("f16", "Q6_K", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ3_M")),
 ]  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def test_logits(case):
         np.testing.assert_allclose(row[step["top_ids"]], expected, rtol=0, atol=slack)
         others = np.delete(row, step["top_ids"])
         assert others.max() <= expected[-1] + slack
-        assert np.logaddexp.reduce(row) == pytest.approx(step["log_sum_exp"], abs=slack)
+        assert np.logaddexp.reduce(row) == pytest.approx(step["log_sum_exp"], abs=slack + 5e-5)
 
 
 def test_greedy_text(case):
@@ -75,9 +75,5 @@ def test_decode_equals_prefill(testdata):
             session.sync(tokens[:1])
             for token, row in zip(tokens[1:], rows[1:], strict=True):
                 session.append(token)
-                np.testing.assert_allclose(session.logits, row, rtol=0, atol=1e-3)
-
-
-def test_unsupported_type_is_named(testdata):
-    with pytest.raises(amber.UnsupportedModelError, match="IQ3_S"):
-        amber.Engine(testdata / "models" / "stories3M-pad256-IQ3_M.gguf")
+                slack = TOLERANCE * np.abs(row).max()
+                np.testing.assert_allclose(session.logits, row, rtol=0, atol=slack)

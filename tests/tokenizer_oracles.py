@@ -28,6 +28,7 @@ WORDS = [
     *("naïve", "Straße", "ПРИВЕТ", "мир", "Ελλάδα", "日本語", "テスト", "中文字符", "한국어"),
     *("สวัสดี", "हिन्दी", "עברית", "العربية", "ǅungla", "ﬁne", "𞤀𞤁𞤂", "ᲐᲑ"),
 ]
+LONG = ["aehlnorst", "aa", " ", "ab", "é日", "=-", "的是一", "01"]
 SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2003\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 NEWLINES = ["\n", "\r\n", "\n\n", " \n", "\t", "\n ", "  \n  "]
 
@@ -71,6 +72,8 @@ def _piece(r: random.Random) -> str:
         lambda: " " + some(["Po", "Sm", "Sc", "Pd", "Ps", "Pe", "So"], 4),
         lambda: some(["Nd", "No", "Nl"], 4),
         lambda: some(["Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc"], 7),
+        # One long word: merged with a heap, short ones are not.
+        lambda: "".join(r.choices(r.choice(LONG), k=r.randint(1, 150))),
     ]
     return r.choice(kinds)()
 

@@ -3,14 +3,14 @@
  *
  * A unit is a block of rows of one cache head. All query heads that share the cache head are taken
  * together: up to QUERIES queries (row, head), row by row. The cache is walked in blocks of KEYS
- * positions, aligned to absolute positions. A block of keys is turned to float32 [head_dim, KEYS], a
- * block of values to float32 [KEYS, padded head_dim], once for all queries; then tiles of 6 queries
- * take scores (a small matrix product), one step of the online softmax (Milakov and Gimelshein,
- * arXiv 1805.02867) and the weighted sum (a second product).
+ * positions, aligned to absolute positions. A block of keys is turned to float32 [head_dim, KEYS],
+ * a block of values to float32 [KEYS, padded head_dim], once for all queries; then tiles of 6
+ * queries take scores (a small matrix product), one step of the online softmax (Milakov and
+ * Gimelshein, arXiv 1805.02867) and the weighted sum (a second product).
  *
- * A query's result does not depend on the rows it comes with: it meets exactly the blocks in which it
- * sees a key, in order, each score and each output element is one chain of fused multiply-adds in
- * the order of head_dim and of positions, and keys that it does not see weigh exactly 0. */
+ * A query's result does not depend on the rows it comes with: it meets exactly the blocks in which
+ * it sees a key, in order, each score and each output element is one chain of fused multiply-adds
+ * in the order of head_dim and of positions, and keys that it does not see weigh exactly 0. */
 #include "vec_exp.h"
 
 #include <float.h>
@@ -62,11 +62,9 @@ int NAME(attention_units)(const struct amber_attention *a) {
 enum { AHEAD_STEP = TILE_VECTORS * VL }; /* bytes per iteration */
 
 /* C[rows, vectors * VL] = A[rows, n] * B[n, vectors * VL], or C = C * factor[row] + A * B. */
-static inline __attribute__((always_inline)) void product(float *c, int64_t ldc, const float *a,
-                                                          int64_t lda, const float *b, int64_t ldb,
-                                                          int n, const float *factor,
-                                                          const char *ahead, const int rows,
-                                                          const int vectors) {
+static inline __attribute__((always_inline)) void
+product(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int n,
+        const float *factor, const char *ahead, const int rows, const int vectors) {
     vf acc[TILE_Q][TILE_VECTORS];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
@@ -117,12 +115,13 @@ static const product_fn product_fns[TILE_VECTORS][TILE_Q] = {PRODUCT_FNS(1), PRO
 static const product_fn product_fns[TILE_VECTORS][TILE_Q] = {PRODUCT_FNS(1), PRODUCT_FNS(2)};
 #endif
 
-static void multiply(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb,
-                     int n, const float *factor, const char *ahead, int rows, int vectors) {
+static void multiply(float *c, int64_t ldc, const float *a, int64_t lda, const float *b,
+                     int64_t ldb, int n, const float *factor, const char *ahead, int rows,
+                     int vectors) {
     for (int v = 0; v < vectors; v += TILE_VECTORS, ahead += n * AHEAD_STEP) {
         int width = vectors - v < TILE_VECTORS ? vectors - v : TILE_VECTORS;
         product_fns[width - 1][rows - 1](c + v * VL, ldc, a, lda, b + v * VL, ldb, n, factor,
-                                             ahead);
+                                         ahead);
     }
 }
 
@@ -202,10 +201,10 @@ static inline vf capped(vf s, float softcap) {
 }
 
 /* Turns a query's scores [n] (n a multiple of VL), of which low..high-1 count, into weights
- * exp(score - reference) and adds them to the total, lane by lane. The reference is a score that was
- * the largest once: it moves only when one is larger by more than SLACK, which keeps the weights far
- * from overflow and mostly spares the search for the largest. Returns by how much what has been summed
- * under the old reference must shrink. */
+ * exp(score - reference) and adds them to the total, lane by lane. The reference is a score that
+ * was the largest once: it moves only when one is larger by more than SLACK, which keeps the
+ * weights far from overflow and mostly spares the search for the largest. Returns by how much what
+ * has been summed under the old reference must shrink. */
 static inline float weigh(float *s, int n, int low, int high, float softcap, float *reference,
                           float *total) {
     if (softcap > 0)
@@ -260,8 +259,8 @@ static void attend(const struct amber_attention *a, const struct cut *c, int kv_
             int seen = first_pos + (q + tile - 1) / heads - p0 + 1; /* by the tile's last row */
             if (seen > KEYS) seen = KEYS;
             const int vectors = (seen + VL - 1) / VL;
-            multiply(w->scores, KEYS, w->queries + q * d, d, w->keys, KEYS, d, NULL,
-                     next, tile, vectors);
+            multiply(w->scores, KEYS, w->queries + q * d, d, w->keys, KEYS, d, NULL, next, tile,
+                     vectors);
             float shrink[TILE_Q];
             for (int r = 0; r < tile; r++) {
                 int pos = first_pos + (q + r) / heads;
@@ -288,7 +287,7 @@ void NAME(attention)(const struct amber_attention *a, int unit0, int unit1, void
         int row0 = (i % 2 ? c.blocks - 1 - i / 2 : i / 2) * c.rows;
         int rows = a->rows - row0 < c.rows ? a->rows - row0 : c.rows;
         for (int h = 0; h < c.group; h += c.heads)
-            attend(a, &c, kv_head, kv_head * c.group + h, c.group - h < c.heads ? c.group - h : c.heads,
-                   row0, rows, scratch);
+            attend(a, &c, kv_head, kv_head * c.group + h,
+                   c.group - h < c.heads ? c.group - h : c.heads, row0, rows, scratch);
     }
 }

@@ -1,5 +1,5 @@
-/* columns.h: the vector columns' functions, as dispatch.c puts them into the table. Nothing here may
- * be called before cpuid.c has found the instructions. */
+/* columns.h: the vector columns' functions, as dispatch.c puts them into the table. Nothing here
+ * may be called before cpuid.c has found the instructions. */
 #ifndef AMBER_COLUMNS_H
 #define AMBER_COLUMNS_H
 
@@ -14,8 +14,7 @@
                                   int k_pad);                                                      \
     void amber_gemm_f32_##isa(const struct amber_gemm_f32 *g, int out0, int out1);                 \
     int amber_attention_units_##isa(const struct amber_attention *a);                              \
-    void amber_attention_##isa(const struct amber_attention *a, int unit0, int unit1,              \
-                               void *scratch)
+    void amber_attention_##isa(const struct amber_attention *a, int unit0, int unit1, void *scratch)
 
 #define AMBER_GEMM_W8A8(isa)                                                                       \
     void amber_gemm_w8a8_##isa(const struct amber_gemm_w8a8 *g, int panel0, int panel1)
@@ -23,7 +22,6 @@
 /* Bytes of scratch of every vector attention: 64 keys and values in float32, queries and sums
  * (64 KB each), and small change; see attention_body.h. */
 #define AMBER_ATTENTION_SCRATCH (2 * 64 * AMBER_HEAD_MAX * 4 + 2 * 65536 + 16384)
-
 
 #if defined(__x86_64__)
 AMBER_ROW_OPERATIONS(avx2);

@@ -39,7 +39,8 @@ struct amber_cpu amber_cpu_detect(void) {
          tiles = (saved & 0x60000) == 0x60000;
     cpu.avx2 = ymm && fma && f16c && (b7 >> 5 & 1);
     cpu.avxvnni = cpu.avx2 && (a71 >> 4 & 1);
-    bool avx512 = (b7 >> 16 & 1) && (b7 >> 17 & 1) && (b7 >> 30 & 1) && (b7 >> 31 & 1); /* F DQ BW VL */
+    bool avx512 =
+        (b7 >> 16 & 1) && (b7 >> 17 & 1) && (b7 >> 30 & 1) && (b7 >> 31 & 1); /* F DQ BW VL */
     cpu.avx512vnni = cpu.avx2 && zmm && avx512 && (c7 >> 11 & 1);
     cpu.amx = cpu.avx512vnni && tiles && (d7 >> 24 & 1) && (d7 >> 25 & 1) && tiles_granted();
     return cpu;
@@ -62,5 +63,7 @@ struct amber_cpu amber_cpu_detect(void) {
 }
 
 #else
-struct amber_cpu amber_cpu_detect(void) { return (struct amber_cpu){0}; }
+struct amber_cpu amber_cpu_detect(void) {
+    return (struct amber_cpu){0};
+}
 #endif

@@ -47,6 +47,8 @@ static bool kernels_avx512vnni(struct amber_kernels *k) {
     fill_rows_avx512vnni(k);
     k->prune = amber_prune_avx512vnni;
     k->gemm_w8a8 = amber_gemm_w8a8_avx512vnni;
+    k->pack_nm = amber_pack_nm_avx512vnni;
+    k->gemm_nm = amber_gemm_nm_avx512vnni;
     return true;
 }
 
@@ -54,6 +56,8 @@ static bool kernels_amx(struct amber_kernels *k) {
     if (!amber_cpu_detect().amx || !kernels_avx512vnni(k)) return false;
     k->isa = "amx";
     k->gemm_w8a8 = amber_gemm_w8a8_amx;
+    k->pack_nm = NULL; /* dense tiles are several times faster */
+    k->gemm_nm = NULL;
     return true;
 }
 #endif
@@ -76,10 +80,8 @@ static const struct column {
     bool (*fill)(struct amber_kernels *k);
 } columns[] = {
 #if defined(__x86_64__)
-    {"amx", kernels_amx},
-    {"avx512vnni", kernels_avx512vnni},
-    {"avxvnni", kernels_avxvnni},
-    {"avx2", kernels_avx2},
+    {"amx", kernels_amx},         {"avx512vnni", kernels_avx512vnni},
+    {"avxvnni", kernels_avxvnni}, {"avx2", kernels_avx2},
 #endif
 #if defined(__aarch64__)
     {"neon", kernels_neon},

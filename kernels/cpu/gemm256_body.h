@@ -9,8 +9,9 @@
 #include <string.h>
 
 enum {
-    SWEEP_BYTES = 1 << 19, /* activations that are passed over per sweep of the weights: half an L2 */
-    AHEAD = 2048           /* bytes: about 100 ns of prefetch when weights come from memory */
+    SWEEP_BYTES = 1
+        << 19,   /* activations that are passed over per sweep of the weights: half an L2 */
+    AHEAD = 2048 /* bytes: about 100 ns of prefetch when weights come from memory */
 };
 
 static inline __m256i existing(int left) {
@@ -23,8 +24,8 @@ static inline void finish(const struct amber_gemm_w8a8 *g, int row, int o, __m25
     __m256 scale = _mm256_mul_ps(_mm256_set1_ps(g->a.scale[row]), _mm256_loadu_ps(g->w.scale + o));
     __m256 v = _mm256_mul_ps(_mm256_cvtepi32_ps(acc), scale);
     if (g->a.shift)
-        v = _mm256_add_ps(v, _mm256_mul_ps(_mm256_set1_ps(g->a.shift[row]),
-                                           _mm256_loadu_ps(g->w.sum + o)));
+        v = _mm256_add_ps(
+            v, _mm256_mul_ps(_mm256_set1_ps(g->a.shift[row]), _mm256_loadu_ps(g->w.sum + o)));
     if (g->w.bias) v = _mm256_add_ps(v, _mm256_loadu_ps(g->w.bias + o));
     if (left >= 8) {
         if (g->add) v = _mm256_add_ps(_mm256_loadu_ps(y), v);
@@ -36,8 +37,8 @@ static inline void finish(const struct amber_gemm_w8a8 *g, int row, int o, __m25
     }
 }
 
-static inline __attribute__((always_inline)) void tile_of(const struct amber_gemm_w8a8 *g, int panel,
-                                                          int row, int32_t *sums,
+static inline __attribute__((always_inline)) void tile_of(const struct amber_gemm_w8a8 *g,
+                                                          int panel, int row, int32_t *sums,
                                                           const int rows, const bool stream) {
     const int64_t stride = g->a.stride;
     const int groups = g->w.k_pad / 4;
@@ -69,8 +70,8 @@ static inline __attribute__((always_inline)) void tile_of(const struct amber_gem
 }
 
 #define TILE(rows, stream, name)                                                                   \
-    static __attribute__((noinline)) void name(const struct amber_gemm_w8a8 *g, int panel, int row, \
-                                               int32_t *sums) {                                    \
+    static __attribute__((noinline)) void name(const struct amber_gemm_w8a8 *g, int panel,         \
+                                               int row, int32_t *sums) {                           \
         tile_of(g, panel, row, sums, rows, stream);                                                \
     }
 TILE(1, true, tile_1)
@@ -136,13 +137,15 @@ void GEMM(const struct amber_gemm_w8a8 *g, int panel0, int panel1) {
     if (sweep < ROWS) sweep = ROWS;
     for (int sweep0 = 0; sweep0 < rows; sweep0 += sweep) {
         int sweep1 = rows - sweep0 < sweep ? rows : sweep0 + sweep;
+        /* Equal tiles: 8 rows are 4 + 4, as few sums would wait for each other in 6 + 2. */
+        int tiles = (sweep1 - sweep0 + ROWS - 1) / ROWS, step = (sweep1 - sweep0 + tiles - 1) / tiles;
         for (int panel = panel0; panel < panel1; panel++) {
             if (rows == 1) {
                 one_row(g, panel);
                 continue;
             }
-            for (int row = sweep0; row < sweep1; row += ROWS)
-                tile(g, panel, row, sweep1 - row < ROWS ? sweep1 - row : ROWS, row == sweep0);
+            for (int row = sweep0; row < sweep1; row += step)
+                tile(g, panel, row, sweep1 - row < step ? sweep1 - row : step, row == sweep0);
         }
     }
 }

@@ -36,6 +36,8 @@ static void configure(int rows) {
     }
     config.rows[0] = config.rows[1] = config.rows[4] = (uint8_t)upper;
     if (lower) config.rows[2] = config.rows[3] = config.rows[5] = (uint8_t)lower;
+    /* gcc 12 takes only the first eight bytes for read and would drop the other stores. */
+    __asm__ volatile("" : : "m"(config) : "memory");
     _tile_loadconfig(&config);
 }
 
@@ -101,8 +103,8 @@ static void finish(const struct amber_gemm_w8a8 *g, int row, int rows, int panel
     float *y = g->y + row * g->ldy + o;
     for (int r = 0; r < rows; r++, y += g->ldy, sums += AMBER_PANEL) {
         /* The weights are stored as w + 128: take 128 * sum(x) off. */
-        __m512i acc = _mm512_sub_epi32(_mm512_load_si512(sums),
-                                       _mm512_set1_epi32(128 * g->a.sum[row + r]));
+        __m512i acc =
+            _mm512_sub_epi32(_mm512_load_si512(sums), _mm512_set1_epi32(128 * g->a.sum[row + r]));
         __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc),
                                  _mm512_mul_ps(_mm512_set1_ps(g->a.scale[row + r]), scale));
         if (g->a.shift)
@@ -136,14 +138,22 @@ static void block(const struct amber_gemm_w8a8 *g, int panel, int panels, int ro
             if (last) { /* the results' lines arrive while the sums grow */
                 for (int r = 0; r < rows; r++)
                     for (int p = 0; p < panels; p++)
-                        __builtin_prefetch(g->y + (row + r) * g->ldy + (panel + p) * AMBER_PANEL, 1);
+                        __builtin_prefetch(g->y + (row + r) * g->ldy + (panel + p) * AMBER_PANEL,
+                                           1);
             }
             if (rows < STEP_ROWS) configure(rows);
             switch ((rows > TILE_ROWS) * 2 + panels) {
-            case 1: step(&s, 1, 1); break;
-            case 2: step(&s, 1, 2); break;
-            case 3: step(&s, 2, 1); break;
-            default: step(&s, 2, 2);
+            case 1:
+                step(&s, 1, 1);
+                break;
+            case 2:
+                step(&s, 1, 2);
+                break;
+            case 3:
+                step(&s, 2, 1);
+                break;
+            default:
+                step(&s, 2, 2);
             }
             if (rows < STEP_ROWS) configure(STEP_ROWS);
             for (int t = 0; last && t < 4; t++) {

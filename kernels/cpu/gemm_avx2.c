@@ -1,6 +1,6 @@
-/* gemm_avx2.c: the INT8 matrix product with AVX2. vpmaddubsw adds two products with saturation to 16
- * bits, which the weights as stored (0..255) would reach. With |w| as the unsigned operand and the
- * sign of w moved into x the pair stays within 2 * 127 * 127 = 32258: exact. */
+/* gemm_avx2.c: the INT8 matrix product with AVX2. vpmaddubsw adds two products with saturation to
+ * 16 bits, which the weights as stored (0..255) would reach. With |w| as the unsigned operand and
+ * the sign of w moved into x the pair stays within 2 * 127 * 127 = 32258: exact. */
 #if defined(__x86_64__)
 #include "columns.h"
 

@@ -2,9 +2,9 @@
  *
  * The tile is 6 rows x 4 panels: 24 accumulators hide the latency of 5 cycles at two instructions a
  * cycle, and 4 weight loads + 6 broadcasts feed 24 products, far from the two loads a cycle that
- * 512-bit code gets. The inputs are cut into blocks of 512, so that a block of 4 panels (32 KB) stays
- * in L1 while all row tiles of a row block pass over it; the row block's sums wait in between in a
- * buffer on the stack. */
+ * 512-bit code gets. The inputs are cut into blocks of 512, so that a block of 4 panels (32 KB)
+ * stays in L1 while all row tiles of a row block pass over it; the row block's sums wait in between
+ * in a buffer on the stack. */
 #if defined(__x86_64__)
 #include "columns.h"
 
@@ -31,7 +31,8 @@ struct tile {
     const int8_t *x;        /* the first row at the first input of the block */
     const uint8_t *ahead;   /* 64 bytes of it are prefetched per 4 inputs */
     int32_t *sums;          /* [rows, PANELS, 16], kept between blocks of inputs */
-    int row, panel, groups; /* groups of 4 inputs */
+    int row, panel, gap;    /* gap: from each panel of the tile to the next */
+    int groups;             /* of 4 inputs */
     bool first, last;       /* block of inputs */
 };
 
@@ -63,11 +64,10 @@ static inline void finish(const struct amber_gemm_w8a8 *g, const struct outputs 
 
 /* The tile with constant sizes. The accumulators must be local to the function that loops: as an
  * array reference in a helper gcc 12 spills them. */
-static inline __attribute__((always_inline)) void tile_of(const struct tile *t, const int rows,
-                                                          const int panels,
-                                                          const enum prefetch prefetch) {
+static inline __attribute__((always_inline)) void
+tile_of(const struct tile *t, const int rows, const int panels, const enum prefetch prefetch) {
     const struct amber_gemm_w8a8 *g = t->g;
-    const int64_t stride = g->a.stride, panel_bytes = (int64_t)g->w.k_pad * AMBER_PANEL;
+    const int64_t stride = g->a.stride, panel_bytes = (int64_t)g->w.k_pad * AMBER_PANEL * t->gap;
     const uint8_t *w = t->w, *ahead = t->ahead;
     const int8_t *x = t->x;
     __m512i acc[ROWS][PANELS];
@@ -82,7 +82,7 @@ static inline __attribute__((always_inline)) void tile_of(const struct tile *t, 
     if (t->last) { /* the results' lines arrive while the sums grow */
         for (int r = 0; r < rows; r++)
             for (int p = 0; p < panels; p++)
-                __builtin_prefetch(g->y + (t->row + r) * g->ldy + (t->panel + p) * AMBER_PANEL, 1);
+                __builtin_prefetch(g->y + (t->row + r) * g->ldy + (t->panel + p * t->gap) * AMBER_PANEL, 1);
     }
     for (int i = 0; i < t->groups; i++) {
         __m512i wv[PANELS];
@@ -117,9 +117,9 @@ static inline __attribute__((always_inline)) void tile_of(const struct tile *t, 
     }
 #pragma GCC unroll 4
     for (int p = 0; p < panels; p++) {
-        const struct outputs u = outputs_of(g, t->panel + p);
+        const struct outputs u = outputs_of(g, t->panel + p * t->gap);
 #pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) finish(g, &u, t->row + r, t->panel + p, acc[r][p]);
+        for (int r = 0; r < rows; r++) finish(g, &u, t->row + r, t->panel + p * t->gap, acc[r][p]);
     }
 }
 
@@ -128,9 +128,10 @@ static inline __attribute__((always_inline)) void tile_of(const struct tile *t, 
         tile_of(t, rows, panels, STREAM);                                                          \
     }
 #define TILES(rows) TILE(rows, 1) TILE(rows, 2) TILE(rows, 3) TILE(rows, 4)
-TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
+TILES(1)
+TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
 
-static __attribute__((noinline)) void tile_to_l1(const struct tile *t) {
+    static __attribute__((noinline)) void tile_to_l1(const struct tile *t) {
     tile_of(t, ROWS, PANELS, TO_L1);
 }
 
@@ -143,40 +144,30 @@ typedef void (*tile_fn)(const struct tile *t);
 static const tile_fn tile_fns[ROWS][PANELS] = {ROW_OF(1), ROW_OF(2), ROW_OF(3),
                                                ROW_OF(4), ROW_OF(5), ROW_OF(6)};
 
-/* One row: one panel after the other, which is one forward stream for the prefetchers. Four
- * accumulators cover the latency. k_pad is a multiple of 64, so of 16 groups. */
-static void one_row(const struct amber_gemm_w8a8 *g, int panel0, int panel1) {
-    const int k_pad = g->w.k_pad;
-    const uint8_t *w = g->w.q + (int64_t)panel0 * AMBER_PANEL * k_pad;
-    for (int panel = panel0; panel < panel1; panel++) {
-        __m512i a0 = _mm512_set1_epi32(-128 * g->a.sum[0]), a1 = _mm512_setzero_si512(), a2 = a1,
-                a3 = a1;
-        for (int k = 0; k < k_pad; k += 16, w += 256) {
-            int32_t x[4];
-            memcpy(x, g->a.q + k, 16);
-            _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char *)w + AHEAD + 64, _MM_HINT_T0);
-            _mm_prefetch((const char *)w + AHEAD + 128, _MM_HINT_T0);
-            _mm_prefetch((const char *)w + AHEAD + 192, _MM_HINT_T0);
-            a0 = _mm512_dpbusd_epi32(a0, _mm512_load_si512(w), _mm512_set1_epi32(x[0]));
-            a1 = _mm512_dpbusd_epi32(a1, _mm512_load_si512(w + 64), _mm512_set1_epi32(x[1]));
-            a2 = _mm512_dpbusd_epi32(a2, _mm512_load_si512(w + 128), _mm512_set1_epi32(x[2]));
-            a3 = _mm512_dpbusd_epi32(a3, _mm512_load_si512(w + 192), _mm512_set1_epi32(x[3]));
-        }
-        const struct outputs u = outputs_of(g, panel);
-        finish(g, &u, 0, panel,
-               _mm512_add_epi32(_mm512_add_epi32(a0, a1), _mm512_add_epi32(a2, a3)));
+/* One tile of rows, and so a call that waits for the weights, each of which it reads once. The four
+ * panels of a tile are far apart: four forward streams in different pages of memory are read faster
+ * than one. */
+static void few_rows(const struct amber_gemm_w8a8 *g, int panel0, int panel1) {
+    const int count = panel1 - panel0, quarter = count / PANELS, rest = count % PANELS;
+    struct tile t = {.g = g, .x = g->a.q, .groups = g->w.k_pad / 4, .first = true, .last = true};
+    t.gap = quarter;
+    for (int i = 0; i < quarter + (rest > 0); i++) {
+        if (i == quarter) t.gap = 1;
+        t.panel = i < quarter ? panel0 + i : panel1 - rest;
+        t.w = g->w.q + (int64_t)t.panel * AMBER_PANEL * g->w.k_pad;
+        tile_fns[g->a.rows - 1][(i < quarter ? PANELS : rest) - 1](&t);
     }
 }
 
 /* Rows row0..row1-1 (at most ROW_BLOCK) of `panels` panels. */
-static void block(const struct amber_gemm_w8a8 *g, int panel, int panels, int row0, int row1, bool last_rows) {
+static void block(const struct amber_gemm_w8a8 *g, int panel, int panels, int row0, int row1,
+                  bool last_rows) {
     _Alignas(64) int32_t sums[ROW_BLOCK * PANELS * 16];
     const int k_pad = g->w.k_pad, tiles = (row1 - row0 + ROWS - 1) / ROWS;
     const int64_t panel_bytes = (int64_t)k_pad * AMBER_PANEL;
     for (int k0 = 0; k0 < k_pad; k0 += K_BLOCK) {
         int width = k_pad - k0 < K_BLOCK ? k_pad - k0 : K_BLOCK;
-        struct tile t = {.g = g, .panel = panel, .groups = width / 4};
+        struct tile t = {.g = g, .panel = panel, .gap = 1, .groups = width / 4};
         t.first = k0 == 0;
         t.last = k0 + width == k_pad;
         t.w = g->w.q + panel * panel_bytes + (int64_t)k0 * AMBER_PANEL;
@@ -211,8 +202,8 @@ static int share(int n, int most) {
 
 void amber_gemm_w8a8_avx512vnni(const struct amber_gemm_w8a8 *g, int panel0, int panel1) {
     const int rows = g->a.rows;
-    if (rows == 1) {
-        one_row(g, panel0, panel1);
+    if (rows <= ROWS) {
+        few_rows(g, panel0, panel1);
         return;
     }
     const int sweep = share(rows, (int)(L2_ROWS_BYTES / g->a.stride));
@@ -222,7 +213,8 @@ void amber_gemm_w8a8_avx512vnni(const struct amber_gemm_w8a8 *g, int panel0, int
         for (int panel = panel0; panel < panel1; panel += PANELS) {
             int panels = panel1 - panel < PANELS ? panel1 - panel : PANELS;
             for (int row = sweep0; row < sweep1; row += step)
-                block(g, panel, panels, row, sweep1 - row < step ? sweep1 : row + step, row+step>=sweep1);
+                block(g, panel, panels, row, sweep1 - row < step ? sweep1 : row + step,
+                      row + step >= sweep1);
         }
     }
 }

@@ -28,8 +28,8 @@ static inline void finish(const struct amber_gemm_w8a8 *g, int row, int o, int32
     }
 }
 
-static inline __attribute__((always_inline)) void tile_of(const struct amber_gemm_w8a8 *g, int panel,
-                                                          int row, const int rows) {
+static inline __attribute__((always_inline)) void tile_of(const struct amber_gemm_w8a8 *g,
+                                                          int panel, int row, const int rows) {
     const uint8_t *w = g->w.q + (int64_t)panel * AMBER_PANEL * g->w.k_pad;
     const int8_t *x = g->a.q + row * g->a.stride;
     const int64_t stride = g->a.stride;

@@ -36,7 +36,8 @@ static inline vf silu_times(vf gate, vf up) {
 void NAME(silu_mul)(float *y, const float *gate, const float *up, int n) {
     int i = 0;
     for (; i + VL <= n; i += VL) v_store(y + i, silu_times(v_load(gate + i), v_load(up + i)));
-    if (i < n) v_store_n(y + i, silu_times(v_load_n(gate + i, n - i), v_load_n(up + i, n - i)), n - i);
+    if (i < n)
+        v_store_n(y + i, silu_times(v_load_n(gate + i, n - i), v_load_n(up + i, n - i)), n - i);
 }
 
 void NAME(rope)(float *x, const float *cos, const float *sin, int n_rot, bool halves) {
@@ -111,8 +112,8 @@ void NAME(quantize_row)(int8_t *q, float *scale, int32_t *sum, const float *x, i
  * added; so an output has the same bits in every tile. */
 enum { DOT_ROWS = TILE_VECTORS == 2 ? 3 : 6, DOT_OUTS = 4, DOT_ROW_BLOCK = 48 };
 
-static inline __attribute__((always_inline)) void dot_tile(const struct amber_gemm_f32 *g, int row,
-                                                           int out, const int rows, const int outs) {
+static inline __attribute__((always_inline)) void
+dot_tile(const struct amber_gemm_f32 *g, int row, int out, const int rows, const int outs) {
     const float *w = g->w + (int64_t)out * g->n_in, *x = g->x + row * g->ldx;
     const int64_t n = g->n_in, ldx = g->ldx;
     float sums[DOT_ROWS][DOT_OUTS];

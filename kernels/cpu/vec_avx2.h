@@ -1,5 +1,5 @@
-/* vec_avx2.h: the vector of float32 that rows_body.h and attention_body.h are written in: 8 lanes in
- * 16 registers. See vec_avx512.h for what each function means. */
+/* vec_avx2.h: the vector of float32 that rows_body.h and attention_body.h are written in: 8 lanes
+ * in 16 registers. See vec_avx512.h for what each function means. */
 #ifndef AMBER_VEC_AVX2_H
 #define AMBER_VEC_AVX2_H
 
@@ -15,22 +15,48 @@ typedef __m256i vi;
 
 /* To L2. A macro: gcc takes a function that only prefetches for one without effect. */
 #define v_prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
-static inline vf v_load(const float *p) { return _mm256_loadu_ps(p); }
-static inline void v_store(float *p, vf v) { _mm256_storeu_ps(p, v); }
+static inline vf v_load(const float *p) {
+    return _mm256_loadu_ps(p);
+}
+static inline void v_store(float *p, vf v) {
+    _mm256_storeu_ps(p, v);
+}
 static inline __m256i v_first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-static inline vf v_load_n(const float *p, int n) { return _mm256_maskload_ps(p, v_first(n)); }
-static inline void v_store_n(float *p, vf v, int n) { _mm256_maskstore_ps(p, v_first(n), v); }
-static inline vf v_set1(float x) { return _mm256_set1_ps(x); }
-static inline vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
-static inline vf v_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
-static inline vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
-static inline vf v_div(vf a, vf b) { return _mm256_div_ps(a, b); }
-static inline vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
-static inline vf v_fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
-static inline vf v_max(vf a, vf b) { return _mm256_max_ps(a, b); }
-static inline vf v_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+static inline vf v_load_n(const float *p, int n) {
+    return _mm256_maskload_ps(p, v_first(n));
+}
+static inline void v_store_n(float *p, vf v, int n) {
+    _mm256_maskstore_ps(p, v_first(n), v);
+}
+static inline vf v_set1(float x) {
+    return _mm256_set1_ps(x);
+}
+static inline vf v_add(vf a, vf b) {
+    return _mm256_add_ps(a, b);
+}
+static inline vf v_sub(vf a, vf b) {
+    return _mm256_sub_ps(a, b);
+}
+static inline vf v_mul(vf a, vf b) {
+    return _mm256_mul_ps(a, b);
+}
+static inline vf v_div(vf a, vf b) {
+    return _mm256_div_ps(a, b);
+}
+static inline vf v_fma(vf a, vf b, vf c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
+static inline vf v_fnma(vf a, vf b, vf c) {
+    return _mm256_fnmadd_ps(a, b, c);
+}
+static inline vf v_max(vf a, vf b) {
+    return _mm256_max_ps(a, b);
+}
+static inline vf v_min(vf a, vf b) {
+    return _mm256_min_ps(a, b);
+}
 static inline vf v_scale(vf v, vf t) {
     return _mm256_castsi256_ps(
         _mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
@@ -82,12 +108,18 @@ static inline void v_store_pairs(float *p, vf a, vf b) {
     v_store(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
 }
 
-static inline vi vi_zero(void) { return _mm256_setzero_si256(); }
+static inline vi vi_zero(void) {
+    return _mm256_setzero_si256();
+}
 static inline vi vi_magnitude(vf v) {
     return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
 }
-static inline vi vi_max(vi a, vi b) { return _mm256_max_epi32(a, b); }
-static inline vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+static inline vi vi_max(vi a, vi b) {
+    return _mm256_max_epi32(a, b);
+}
+static inline vi vi_add(vi a, vi b) {
+    return _mm256_add_epi32(a, b);
+}
 static inline int32_t vi_largest(vi v) {
     __m128i s = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
@@ -98,7 +130,9 @@ static inline int32_t vi_sum(vi v) {
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
-static inline vi vi_round(vf v) { return _mm256_cvtps_epi32(v); }
+static inline vi vi_round(vf v) {
+    return _mm256_cvtps_epi32(v);
+}
 static inline void vi_store_i8(int8_t *p, vi v) {
     __m128i s = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(s, s));

@@ -1,5 +1,6 @@
-/* vec_avx512.h: the vector of float32 that rows_body.h and attention_body.h are written in: 16 lanes
- * in 32 registers. Every function is static inline: a file gets its own copy, with its own flags. */
+/* vec_avx512.h: the vector of float32 that rows_body.h and attention_body.h are written in: 16
+ * lanes in 32 registers. Every function is static inline: a file gets its own copy, with its own
+ * flags. */
 #ifndef AMBER_VEC_AVX512_H
 #define AMBER_VEC_AVX512_H
 
@@ -14,20 +15,48 @@ typedef __m512i vi;
 
 /* To L2. A macro: gcc takes a function that only prefetches for one without effect. */
 #define v_prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
-static inline vf v_load(const float *p) { return _mm512_loadu_ps(p); }
-static inline void v_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
-static inline __mmask16 v_first(int n) { return (__mmask16)((1u << n) - 1); }
-static inline vf v_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps(v_first(n), p); }
-static inline void v_store_n(float *p, vf v, int n) { _mm512_mask_storeu_ps(p, v_first(n), v); }
-static inline vf v_set1(float x) { return _mm512_set1_ps(x); }
-static inline vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
-static inline vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
-static inline vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
-static inline vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
-static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }   /* a * b + c */
-static inline vf v_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); } /* c - a * b */
-static inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); } /* b where either is NaN */
-static inline vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); } /* b where either is NaN */
+static inline vf v_load(const float *p) {
+    return _mm512_loadu_ps(p);
+}
+static inline void v_store(float *p, vf v) {
+    _mm512_storeu_ps(p, v);
+}
+static inline __mmask16 v_first(int n) {
+    return (__mmask16)((1u << n) - 1);
+}
+static inline vf v_load_n(const float *p, int n) {
+    return _mm512_maskz_loadu_ps(v_first(n), p);
+}
+static inline void v_store_n(float *p, vf v, int n) {
+    _mm512_mask_storeu_ps(p, v_first(n), v);
+}
+static inline vf v_set1(float x) {
+    return _mm512_set1_ps(x);
+}
+static inline vf v_add(vf a, vf b) {
+    return _mm512_add_ps(a, b);
+}
+static inline vf v_sub(vf a, vf b) {
+    return _mm512_sub_ps(a, b);
+}
+static inline vf v_mul(vf a, vf b) {
+    return _mm512_mul_ps(a, b);
+}
+static inline vf v_div(vf a, vf b) {
+    return _mm512_div_ps(a, b);
+}
+static inline vf v_fma(vf a, vf b, vf c) {
+    return _mm512_fmadd_ps(a, b, c);
+} /* a * b + c */
+static inline vf v_fnma(vf a, vf b, vf c) {
+    return _mm512_fnmadd_ps(a, b, c);
+} /* c - a * b */
+static inline vf v_max(vf a, vf b) {
+    return _mm512_max_ps(a, b);
+} /* b where either is NaN */
+static inline vf v_min(vf a, vf b) {
+    return _mm512_min_ps(a, b);
+} /* b where either is NaN */
 /* v * 2^n; t is n + 1.5 * 2^23, so that its low bits are n. v * 2^n is normal. */
 static inline vf v_scale(vf v, vf t) {
     return _mm512_castsi512_ps(
@@ -40,8 +69,12 @@ static inline vf v_zero_where_less(vf v, vf a, vf b) {
 static inline bool v_any_greater(vf a, vf b) {
     return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
 }
-static inline float v_sum(vf v) { return _mm512_reduce_add_ps(v); }
-static inline float v_largest(vf v) { return _mm512_reduce_max_ps(v); }
+static inline float v_sum(vf v) {
+    return _mm512_reduce_add_ps(v);
+}
+static inline float v_largest(vf v) {
+    return _mm512_reduce_max_ps(v);
+}
 
 static inline vf v_load_f16(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
@@ -69,15 +102,27 @@ static inline void v_store_pairs(float *p, vf a, vf b) {
     v_store(p + 16, _mm512_permutex2var_ps(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b));
 }
 
-static inline vi vi_zero(void) { return _mm512_setzero_si512(); }
+static inline vi vi_zero(void) {
+    return _mm512_setzero_si512();
+}
 static inline vi vi_magnitude(vf v) { /* the bits without the sign, ordered like the magnitude */
     return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
 }
-static inline vi vi_max(vi a, vi b) { return _mm512_max_epi32(a, b); }
-static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
-static inline int32_t vi_largest(vi v) { return _mm512_reduce_max_epi32(v); }
-static inline int32_t vi_sum(vi v) { return _mm512_reduce_add_epi32(v); }
-static inline vi vi_round(vf v) { return _mm512_cvtps_epi32(v); }
+static inline vi vi_max(vi a, vi b) {
+    return _mm512_max_epi32(a, b);
+}
+static inline vi vi_add(vi a, vi b) {
+    return _mm512_add_epi32(a, b);
+}
+static inline int32_t vi_largest(vi v) {
+    return _mm512_reduce_max_epi32(v);
+}
+static inline int32_t vi_sum(vi v) {
+    return _mm512_reduce_add_epi32(v);
+}
+static inline vi vi_round(vf v) {
+    return _mm512_cvtps_epi32(v);
+}
 static inline void vi_store_i8(int8_t *p, vi v) {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(v));
 }

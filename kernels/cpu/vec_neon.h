@@ -1,5 +1,5 @@
-/* vec_neon.h: the vector of float32 that rows_body.h and attention_body.h are written in: 4 lanes in
- * 32 registers. See vec_avx512.h for what each function means. */
+/* vec_neon.h: the vector of float32 that rows_body.h and attention_body.h are written in: 4 lanes
+ * in 32 registers. See vec_avx512.h for what each function means. */
 #ifndef AMBER_VEC_NEON_H
 #define AMBER_VEC_NEON_H
 
@@ -14,8 +14,12 @@ typedef float32x4_t vf;
 typedef int32x4_t vi;
 
 #define v_prefetch(p) __builtin_prefetch((p), 0, 2)
-static inline vf v_load(const float *p) { return vld1q_f32(p); }
-static inline void v_store(float *p, vf v) { vst1q_f32(p, v); }
+static inline vf v_load(const float *p) {
+    return vld1q_f32(p);
+}
+static inline void v_store(float *p, vf v) {
+    vst1q_f32(p, v);
+}
 static inline vf v_load_n(const float *p, int n) {
     float padded[4] = {0};
     memcpy(padded, p, (size_t)n * 4);
@@ -26,15 +30,33 @@ static inline void v_store_n(float *p, vf v, int n) {
     vst1q_f32(padded, v);
     memcpy(p, padded, (size_t)n * 4);
 }
-static inline vf v_set1(float x) { return vdupq_n_f32(x); }
-static inline vf v_add(vf a, vf b) { return vaddq_f32(a, b); }
-static inline vf v_sub(vf a, vf b) { return vsubq_f32(a, b); }
-static inline vf v_mul(vf a, vf b) { return vmulq_f32(a, b); }
-static inline vf v_div(vf a, vf b) { return vdivq_f32(a, b); }
-static inline vf v_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
-static inline vf v_fnma(vf a, vf b, vf c) { return vfmsq_f32(c, a, b); }
-static inline vf v_max(vf a, vf b) { return vmaxq_f32(a, b); } /* NaN where either is */
-static inline vf v_min(vf a, vf b) { return vminq_f32(a, b); }
+static inline vf v_set1(float x) {
+    return vdupq_n_f32(x);
+}
+static inline vf v_add(vf a, vf b) {
+    return vaddq_f32(a, b);
+}
+static inline vf v_sub(vf a, vf b) {
+    return vsubq_f32(a, b);
+}
+static inline vf v_mul(vf a, vf b) {
+    return vmulq_f32(a, b);
+}
+static inline vf v_div(vf a, vf b) {
+    return vdivq_f32(a, b);
+}
+static inline vf v_fma(vf a, vf b, vf c) {
+    return vfmaq_f32(c, a, b);
+}
+static inline vf v_fnma(vf a, vf b, vf c) {
+    return vfmsq_f32(c, a, b);
+}
+static inline vf v_max(vf a, vf b) {
+    return vmaxq_f32(a, b);
+} /* NaN where either is */
+static inline vf v_min(vf a, vf b) {
+    return vminq_f32(a, b);
+}
 static inline vf v_scale(vf v, vf t) {
     return vreinterpretq_f32_s32(
         vaddq_s32(vreinterpretq_s32_f32(v), vshlq_n_s32(vreinterpretq_s32_f32(t), 23)));
@@ -42,9 +64,15 @@ static inline vf v_scale(vf v, vf t) {
 static inline vf v_zero_where_less(vf v, vf a, vf b) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vcltq_f32(a, b)));
 }
-static inline bool v_any_greater(vf a, vf b) { return vmaxvq_u32(vcgtq_f32(a, b)) != 0; }
-static inline float v_sum(vf v) { return vaddvq_f32(v); }
-static inline float v_largest(vf v) { return vmaxvq_f32(v); }
+static inline bool v_any_greater(vf a, vf b) {
+    return vmaxvq_u32(vcgtq_f32(a, b)) != 0;
+}
+static inline float v_sum(vf v) {
+    return vaddvq_f32(v);
+}
+static inline float v_largest(vf v) {
+    return vmaxvq_f32(v);
+}
 
 static inline vf v_load_f16(const uint16_t *p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
@@ -72,15 +100,27 @@ static inline void v_store_pairs(float *p, vf a, vf b) {
     vst2q_f32(p, (float32x4x2_t){{a, b}});
 }
 
-static inline vi vi_zero(void) { return vdupq_n_s32(0); }
+static inline vi vi_zero(void) {
+    return vdupq_n_s32(0);
+}
 static inline vi vi_magnitude(vf v) {
     return vandq_s32(vreinterpretq_s32_f32(v), vdupq_n_s32(0x7fffffff));
 }
-static inline vi vi_max(vi a, vi b) { return vmaxq_s32(a, b); }
-static inline vi vi_add(vi a, vi b) { return vaddq_s32(a, b); }
-static inline int32_t vi_largest(vi v) { return vmaxvq_s32(v); }
-static inline int32_t vi_sum(vi v) { return vaddvq_s32(v); }
-static inline vi vi_round(vf v) { return vcvtnq_s32_f32(v); }
+static inline vi vi_max(vi a, vi b) {
+    return vmaxq_s32(a, b);
+}
+static inline vi vi_add(vi a, vi b) {
+    return vaddq_s32(a, b);
+}
+static inline int32_t vi_largest(vi v) {
+    return vmaxvq_s32(v);
+}
+static inline int32_t vi_sum(vi v) {
+    return vaddvq_s32(v);
+}
+static inline vi vi_round(vf v) {
+    return vcvtnq_s32_f32(v);
+}
 static inline void vi_store_i8(int8_t *p, vi v) {
     int8x8_t bytes = vmovn_s16(vcombine_s16(vmovn_s32(v), vdup_n_s16(0)));
     uint32_t four = vget_lane_u32(vreinterpret_u32_s8(bytes), 0);

@@ -1,10 +1,12 @@
-/* attention_ref.c: causal attention as its definition reads, in double, in two passes over the keys:
- * the largest score, then the weighted sum. A unit is one row of one cache head. */
+/* attention_ref.c: causal attention as its definition reads, in double, in two passes over the
+ * keys: the largest score, then the weighted sum. A unit is one row of one cache head. */
 #include "ref.h"
 
 #include <math.h>
 
-int amber_attention_units_ref(const struct amber_attention *a) { return a->rows * a->n_head_kv; }
+int amber_attention_units_ref(const struct amber_attention *a) {
+    return a->rows * a->n_head_kv;
+}
 
 static double element(const void *cache, bool f32, int64_t i) {
     return f32 ? ((const float *)cache)[i] : f32_from_f16_bits(((const uint16_t *)cache)[i]);

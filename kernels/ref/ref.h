@@ -9,7 +9,8 @@ void amber_rmsnorm_ref(float *y, const float *x, const float *weight, int n, flo
 void amber_silu_mul_ref(float *y, const float *gate, const float *up, int n);
 void amber_rope_ref(float *x, const float *cos, const float *sin, int n_rot, bool halves);
 void amber_f16_from_f32_ref(uint16_t *y, const float *x, int n);
-void amber_quantize_row_ref(int8_t *q, float *scale, int32_t *sum, const float *x, int n, int k_pad);
+void amber_quantize_row_ref(int8_t *q, float *scale, int32_t *sum, const float *x, int n,
+                            int k_pad);
 void amber_gemm_w8a8_ref(const struct amber_gemm_w8a8 *g, int panel0, int panel1);
 void amber_gemm_f32_ref(const struct amber_gemm_f32 *g, int out0, int out1);
 int amber_attention_units_ref(const struct amber_attention *a);

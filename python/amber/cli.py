@@ -18,6 +18,7 @@ from .models import built_in_models
 from .progress import Bars
 from .report import info_lines, model_line, result_json, result_line
 from .sampling import SamplingParams
+from .sparse import CRITERIA, MITIGATIONS
 
 INTERRUPTED = 130
 
@@ -58,6 +59,20 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--device", default="auto", help="auto, cpu (auto)")
     model.add_argument("--isa", help=f"kernel column of {', '.join(isa_list())} (the first)")
     model.add_argument("--info", action="store_true", help="describe the model and end")
+
+    sparse = top.add_argument_group("activation sparsity in prefill")
+    sparse.add_argument(
+        "--sparse",
+        default="auto",
+        metavar="S",
+        help="off; auto: as the file says; a pattern (8:16, 2:4@all, 8:16x4t2@q,gate,down) or a "
+        "plan file (auto)",
+    )
+    sparse.add_argument("--criterion", choices=CRITERIA, help="how channels are ranked (act)")
+    sparse.add_argument("--mitigation", help=f"{', '.join(MITIGATIONS)}; several with + (none)")
+    sparse.add_argument(
+        "--sparse-first-n", type=int, default=0, metavar="N", help="first tokens kept dense (0)"
+    )
 
     sample = top.add_argument_group("sampling")
     sample.add_argument("-n", "--max-tokens", type=int, help="most tokens (until EOS or context)")
@@ -140,7 +155,7 @@ def say(args: argparse.Namespace, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def write_answer(stream: Stream) -> int:
+def write_answer(stream: Stream, bars: Bars | None) -> int:
     """Prints an answer as it comes, ends its last line. Returns the exit code."""
     code, last = 0, "\n"
     try:
@@ -152,6 +167,8 @@ def write_answer(stream: Stream) -> int:
     except KeyboardInterrupt:
         stream.close()
         code = INTERRUPTED
+    if bars:
+        bars.close()
     if last != "\n":
         print(flush=True)
     return code
@@ -186,6 +203,10 @@ def run(args: argparse.Namespace) -> int:
             isa=args.isa,
             n_batch=args.batch,
             device=args.device,
+            sparse=args.sparse,
+            criterion=args.criterion,
+            mitigation=args.mitigation,
+            sparse_first_n=args.sparse_first_n,
             progress=bars,
             log=log_to_stderr(args),
             chat_template=template,
@@ -201,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
                 from .repl import Repl
 
                 say(args, model_line(engine))
-                return Repl(engine, params, args.system, raw).run()
+                return Repl(engine, params, args.system, raw, bars).run()
             return answer(args, engine, params, prompt, raw, bars)
     finally:
         if bars:
@@ -226,9 +247,7 @@ def answer(
         return 0
     say(args, model_line(engine))
     stream = engine.stream(prompt, params)
-    code = write_answer(stream)
-    if bars:
-        bars.close()
+    code = write_answer(stream, bars)
     result = stream.result
     if args.json_timings:
         print(json.dumps(result_json(engine, result)), file=sys.stderr)

@@ -14,6 +14,7 @@ from . import chat
 from .cli import INTERRUPTED, write_answer
 from .engine import Engine, Prompt
 from .errors import AmberError
+from .progress import Bars
 from .report import info_lines, result_line
 from .sampling import SamplingParams
 
@@ -25,8 +26,16 @@ class Repl:
     trace in it. In raw mode (a base model) the turns are one running text.
     """
 
-    def __init__(self, engine: Engine, params: SamplingParams, system: str | None, raw: bool):
+    def __init__(
+        self,
+        engine: Engine,
+        params: SamplingParams,
+        system: str | None,
+        raw: bool,
+        bars: Bars | None,
+    ) -> None:
         self.engine, self.params, self.system, self.raw = engine, params, system, raw
+        self.bars = bars
         self.turns: list[tuple[str, str]] = []  # (user, answer)
         self.stats = True
         self.commands = {
@@ -113,9 +122,7 @@ class Repl:
 
     def take_turn(self, user: str) -> None:
         stream = self.engine.stream(self.prompt(user), self.params)
-        stopped = write_answer(stream)
-        if getattr(self.engine._progress, "close", None):
-            self.engine._progress.close()
+        stopped = write_answer(stream, self.bars)
         result = stream.result
         if stopped:
             print("(stopped; this turn is forgotten)")

@@ -30,7 +30,7 @@ def plan_text(sparse: Sparse, criterion: str | None = None, mitigation: str | No
     if sparse is None or sparse in ("auto", "off", ""):
         if criterion or mitigation:
             raise ArgumentError("criterion, mitigation: expected a sparsity pattern beside them")
-        return "off"
+        return "auto" if sparse == "auto" else "off"
     if isinstance(sparse, Mapping):
         return _from_rules(sparse, "plan", criterion, mitigation)
     name = os.fspath(sparse)

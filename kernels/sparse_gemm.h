@@ -1,0 +1,93 @@
+/* sparse_gemm.h: INT8 matrix products that skip what a block pattern has pruned.
+ *
+ * A quad is 4 adjacent channels: one vpdpbusd lane, one group of a weight panel (kernels.h). Of
+ * every group of 16 quads (64 channels) a row has at most `keep` that are not all zero, and the
+ * lists name exactly `keep`, filled up with zero quads: constant counts keep the inner loops free of
+ * surprises. A kept quad costs one broadcast of its activations; the weights it meets are plain
+ * loads, so the load ports do the selecting.
+ *
+ * Rows go in pairs. Inside a window of 256 channels the quads that both rows keep come first: their
+ * weights are loaded once for both. Then come the others, one of each row at a time. Rows that share
+ * their mask (N:16x4t2) have no others; a lone row's partner is all zeros and shares its mask.
+ *
+ *     pair   window 0, window 1, ..., 64 bytes of slack, uint8 common[windows]
+ *     window xa[e] int32, xb[e] int32, oa[e] uint16, ob[e] uint16
+ *
+ * e = keep * (groups of 16 quads in the window: 4, fewer at the end of the row). xa[i] is a quad of
+ * the pair's first row (4 int8 in memory order), oa[i] its place in the window: 64 * quad, which is
+ * also the offset in bytes of the weights it meets from where the window starts in a panel. xb, ob:
+ * the second row's. For i < common both offsets are equal and only oa is set. */
+#ifndef AMBER_SPARSE_GEMM_H
+#define AMBER_SPARSE_GEMM_H
+
+#include "sparse.h"
+
+struct amber_a8;
+struct amber_gemm_w8a8;
+
+#define AMBER_NM_GROUP  64                   /* channels of a group */
+#define AMBER_NM_WINDOW 256                  /* channels of a window */
+#define AMBER_NM_ENTRY  12                   /* bytes of a list entry */
+#define AMBER_NM_SLACK  64                   /* vector stores may run over the last entry */
+
+struct amber_nm {
+    uint8_t *lists; /* [pairs, stride], 64-byte aligned */
+    int64_t stride; /* bytes: amber_nm_stride(keep, k_pad) */
+    int keep;       /* quads listed of every 16: 1..16 */
+    int first;      /* 1: the first row stands alone, and pair 0 holds nothing else */
+};
+
+/* The `keep` that fits a pattern, 0 where lists cannot hold it. */
+static inline int amber_nm_keep(const struct amber_pattern *p) {
+    if (p->kind != AMBER_PATTERN_GROUP || p->block != 4 || 16 % p->m != 0) return 0;
+    return p->n * (16 / p->m);
+}
+
+static inline int amber_nm_windows(int k_pad) {
+    return (k_pad + AMBER_NM_WINDOW - 1) / AMBER_NM_WINDOW;
+}
+static inline int64_t amber_nm_entries(int keep, int k_pad) {
+    return (int64_t)k_pad / AMBER_NM_GROUP * keep;
+}
+/* Where a pair's common counts start. */
+static inline int64_t amber_nm_counts(int keep, int k_pad) {
+    return amber_nm_entries(keep, k_pad) * AMBER_NM_ENTRY + AMBER_NM_SLACK;
+}
+/* An odd number of cache lines, so that the pairs' windows spread over the L1 sets. */
+static inline int64_t amber_nm_stride(int keep, int k_pad) {
+    int64_t bytes = amber_nm_counts(keep, k_pad) + amber_nm_windows(k_pad);
+    return ((bytes + 63) / 64 | 1) * 64;
+}
+static inline int amber_nm_pairs(int rows, int first) {
+    return (rows + first + 1) / 2;
+}
+/* The first row of a pair, and how many (1 or 2) it has. */
+static inline int amber_nm_row(const struct amber_nm *nm, int pair) {
+    return pair == 0 ? 0 : 2 * pair - nm->first;
+}
+static inline int amber_nm_rows(const struct amber_nm *nm, int pair, int rows) {
+    int left = rows - amber_nm_row(nm, pair), most = pair == 0 && nm->first ? 1 : 2;
+    return left < most ? left : most;
+}
+
+/* Lists the quads of pairs pair0..pair1-1 of the rows a.q. */
+typedef void (*amber_pack_nm_fn)(const struct amber_nm *nm, const struct amber_a8 *a, int pair0,
+                                 int pair1);
+/* The product of kernels.h, bit for bit, with the rows taken from the lists; g->a.q is not read. */
+typedef void (*amber_gemm_nm_fn)(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm,
+                                 int panel0, int panel1);
+
+#define AMBER_NM_OPERATIONS(isa)                                                                   \
+    void amber_pack_nm_##isa(const struct amber_nm *nm, const struct amber_a8 *a, int pair0,       \
+                             int pair1);                                                           \
+    void amber_gemm_nm_##isa(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm,           \
+                             int panel0, int panel1)
+
+AMBER_NM_OPERATIONS(ref);
+#if defined(__x86_64__)
+AMBER_NM_OPERATIONS(avx2);
+AMBER_NM_OPERATIONS(avxvnni);
+AMBER_NM_OPERATIONS(avx512vnni);
+#endif
+
+#endif

@@ -1,0 +1,565 @@
+"""amber-quantize: writes an Amber GGUF, a model file that Amber maps instead of converting.
+
+stdout carries the results and nothing else. Exit codes: 0 done, 1 failure, 2 usage,
+130 interrupted.
+
+The format is described in engine/packed.h. Matrices are read, rounded to INT8 with one scale per
+output and written one after the other, so memory stays near that of the largest layer matrix. With
+a sparsity plan, the file is written first, then opened and measured, and then gets its last keys;
+the tensors' bytes are copied as they are.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from .engine import memory_estimate
+from .errors import AmberError, FileFormatError, UnsupportedModelError
+from .models import find_model
+from .sparse import CRITERIA, MITIGATIONS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+INTERRUPTED = 130
+FORMAT, LAYOUT, ALIGNMENT = 1, "p16k4o128", 64
+PANEL, K_ALIGN = 16, 64  # outputs of a panel; inputs are padded to a multiple
+SLICE_BYTES = 1 << 26  # of float32 rows that are converted at once where no score needs them all
+LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight")
+F32, I8 = 0, 24  # tensor types
+U32, F64, BOOL, STRING = 4, 12, 7, 8  # value types
+
+# The engine's scores sum rows in 16 fixed parts (engine/score.c); the same sums in the same order
+# give the same bits.
+SCORE_PARTS = 16
+
+
+class UsageError(Exception):
+    """A command line that cannot be meant."""
+
+
+# ---- INT8 ----
+
+
+def pack(rows: "np.ndarray", name: str = "weight") -> tuple["np.ndarray", "np.ndarray"]:
+    """INT8 panels and scales of weight rows [n, k] float32, as amber_pack_w8_panel makes them.
+
+    Returns (uint8 [panels, k_pad * 16], float32 [panels * 16]). Errors: FileFormatError where a
+    weight is not finite.
+    """
+    import numpy as np
+
+    n, k = rows.shape
+    panels, k_pad = -(-n // PANEL), -(-k // K_ALIGN) * K_ALIGN
+    absmax = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+    bad = np.flatnonzero(~np.isfinite(absmax))
+    if bad.size:
+        raise FileFormatError(
+            f"{name}: expected finite weights, found {absmax[bad[0]]} in row {bad[0]} (damaged "
+            "source)"
+        )
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(127) / absmax
+    tiny = ~np.isfinite(inverse)  # a row of zeros, or as good as that
+    inverse[tiny] = 0
+    scale = np.zeros(panels * PANEL, np.float32)
+    scale[:n] = np.where(tiny, np.float32(0), absmax / np.float32(127))
+    q = np.full((panels * PANEL, k_pad), 128, np.uint8)
+    scaled = rows * inverse[:, None]
+    np.rint(scaled, out=scaled)
+    scaled += np.float32(128)
+    q[:n, :k] = scaled
+    groups = q.view(np.uint32).reshape(panels, PANEL, k_pad // 4).transpose(0, 2, 1)
+    return np.ascontiguousarray(groups).view(np.uint8).reshape(panels, k_pad * PANEL), scale
+
+
+def percentiles(w: "np.ndarray", low: float, high: float) -> tuple["np.float32", "np.float32"]:
+    """Exact percentiles (shares) of all entries, with linear interpolation."""
+    import numpy as np
+
+    flat = w.ravel()
+    last = flat.size - 1
+    at = [low * last, high * last]
+    ranks = [r for a in at for r in (int(a), min(int(a) + 1, last))]
+    offset, parts = 0, flat
+    if flat.size > 1 << 20:  # sort the two tails alone, where a sample has found them well
+        bounds = np.quantile(flat[:: flat.size >> 16], (2 * low, 1 - 2 * (1 - high)))
+        lower, upper = flat[flat <= bounds[0]], flat[flat >= bounds[1]]
+        if ranks[1] < lower.size and ranks[2] >= flat.size - upper.size and bounds[0] < bounds[1]:
+            parts, offset = np.concatenate([lower, upper]), flat.size - lower.size - upper.size
+    places = [r if i < 2 else r - offset for i, r in enumerate(ranks)]
+    sorted_parts = np.partition(parts, sorted(set(places)))
+    values = [float(sorted_parts[p]) for p in places]
+    first, second = (
+        np.float32(values[2 * i] + (a - math.floor(a)) * (values[2 * i + 1] - values[2 * i]))
+        for i, a in enumerate(at)
+    )
+    return first, second
+
+
+def scores(w: "np.ndarray") -> "np.ndarray":
+    """Channel factors [3, k] float32 of weights [n, k] float32 for the criteria norm, amber and
+    amber-b: Wanda's column norm, and Robust-Norm Scoring (arXiv 2508.02128), bit for bit as
+    engine/score.c computes them."""
+    import numpy as np
+
+    n, k = w.shape
+    low, high = percentiles(w, 0.005, 0.995)
+    inner, every = (np.zeros((3, SCORE_PARTS, k)) for _ in range(2))  # sum, sum of squares, count
+    for part in range(SCORE_PARTS):
+        rows = w[n * part // SCORE_PARTS : n * (part + 1) // SCORE_PARTS]
+        kept = (rows >= low) & (rows <= high)
+        for moments, values, count in (
+            (every, rows.astype(np.float64), np.full(k, len(rows))),
+            (inner, np.where(kept, rows, np.float32(0)).astype(np.float64), kept.sum(axis=0)),
+        ):
+            moments[0, part] = values.sum(axis=0)
+            np.square(values, out=values)
+            moments[1, part] = values.sum(axis=0)
+            moments[2, part] = count
+    mean = _ordered_sum(inner[0].ravel()) / max(inner[2].sum(), 1)
+    return np.stack([_factors(every, 0.0), _factors(inner, mean), _factors(every, mean)])
+
+
+def _ordered_sum(values: "np.ndarray") -> float:
+    """From first to last: numpy's own sum adds in pairs."""
+    import numpy as np
+
+    return float(np.add.accumulate(values)[-1])
+
+
+def _factors(moments: "np.ndarray", mean: float) -> "np.ndarray":
+    """Column norms around the mean, the smallest at 1."""
+    import numpy as np
+
+    total = np.zeros_like(moments[:, 0])
+    for part in range(SCORE_PARTS):
+        total += moments[:, part]
+    norm = np.sqrt(np.maximum(total[1] - 2 * mean * total[0] + total[2] * mean * mean, 0))
+    f = norm.astype(np.float32)
+    least = norm[norm > 0].min() if (norm > 0).any() else 1.0
+    return np.where(f > 0, (f / least).astype(np.float32), np.float32(1))
+
+
+# ---- files ----
+
+
+def gguf_module() -> Any:
+    """The package `gguf`, which reads the source; with a word on where it comes from."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise AmberError(
+            f"amber-quantize needs numpy and gguf: pip install 'amber-llm[tools]' ({error})"
+        ) from None
+    return gguf
+
+
+@dataclass(slots=True)
+class Part:
+    """A tensor to write. shape: fastest-varying first. data: pieces of its bytes, in order."""
+
+    name: str
+    kind: int
+    shape: tuple[int, ...]
+    n_bytes: int
+    data: Callable[[], Iterator[Any]]
+
+
+class Source:
+    """A GGUF file that is to be quantized, or an Amber GGUF that is to get another plan."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.gguf = path, gguf_module()
+        try:
+            self.reader = self.gguf.GGUFReader(path)
+        except (ValueError, IndexError, KeyError) as error:
+            raise FileFormatError(f"{os.path.basename(path)}: {error}") from error
+        self.tensors = {t.name: t for t in self.reader.tensors}
+        self.packed = "amber.format" in self.reader.fields
+
+    def keys(self) -> list[bytes]:
+        """Key-value pairs as they stand in the file, but for those that the new file says anew."""
+        skip = {"general.alignment", "general.file_type"}
+        return [
+            self.reader.data[f.offset : f.offset + sum(p.nbytes for p in f.parts)].tobytes()
+            for f in self.reader.fields.values()
+            if f.name not in skip and not f.name.startswith(("amber.", "GGUF."))
+        ]
+
+    def rows(self, name: str, first: int = 0, last: int | None = None) -> "np.ndarray":
+        """Rows of a tensor as float32."""
+        import numpy as np
+
+        tensor = self.tensors[name]
+        data = tensor.data[first:last]
+        try:
+            values = self.gguf.quants.dequantize(data, tensor.tensor_type)
+        except NotImplementedError:
+            raise UnsupportedModelError(
+                f"{name}: the installed gguf package cannot read {tensor.tensor_type.name} (update it)"
+            ) from None
+        return np.ascontiguousarray(values, np.float32)
+
+    def tied(self) -> bool:
+        return "output.weight" not in self.tensors
+
+    def parts(self) -> list[Part]:
+        """The tensors of the Amber GGUF."""
+        parts: list[Part] = []
+        for tensor in self.reader.tensors:
+            if LINEAR.fullmatch(tensor.name) or tensor.name == "output.weight":
+                parts += self._matrix(tensor.name, tensor.name.removesuffix(".weight"))
+            elif len(tensor.shape) == 1:
+                parts.append(self._vector(tensor))
+            else:
+                parts.append(
+                    Part(
+                        tensor.name,
+                        int(tensor.tensor_type),
+                        tuple(int(n) for n in tensor.shape),
+                        int(tensor.n_bytes),
+                        lambda t=tensor: iter([t.data]),
+                    )
+                )
+        if self.tied():
+            parts += self._matrix("token_embd.weight", "output")
+        return parts
+
+    def _vector(self, tensor: Any) -> Part:
+        n = int(tensor.shape[0])
+        return Part(tensor.name, F32, (n,), 4 * n, lambda: iter([self.rows(tensor.name)]))
+
+    def _matrix(self, name: str, stem: str) -> list[Part]:
+        import numpy as np
+
+        k, n = (int(size) for size in self.tensors[name].shape)
+        panels, k_pad = -(-n // PANEL), -(-k // K_ALIGN) * K_ALIGN
+        scored = stem != "output"
+        step = n if scored else max(PANEL, SLICE_BYTES // (4 * k) // PANEL * PANEL)
+        made: dict[str, Any] = {"scale": np.zeros(panels * PANEL, np.float32)}
+
+        def weight() -> Iterator[Any]:
+            for first in range(0, n, step):
+                rows = self.rows(name, first, min(first + step, n))
+                q, scale = pack(rows, name)
+                made["scale"][first : first + len(scale)] = scale
+                if scored:
+                    made["score"] = scores(rows)
+                yield q
+
+        parts = [
+            Part(f"{stem}.weight", I8, (k_pad * PANEL, panels), panels * PANEL * k_pad, weight),
+            Part(
+                f"{stem}.scale",
+                F32,
+                (panels * PANEL,),
+                4 * panels * PANEL,
+                lambda: iter([made["scale"]]),
+            ),
+        ]
+        if scored:
+            parts.append(Part(f"{stem}.score", F32, (k, 3), 12 * k, lambda: iter([made["score"]])))
+        return parts
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def key_bytes(key: str, value: Any) -> bytes:
+    """One key-value pair of a GGUF file: str, bool, float (as F64) or int (as U32)."""
+    if isinstance(value, str):
+        return _text(key) + struct.pack("<I", STRING) + _text(value)
+    if isinstance(value, bool):
+        return _text(key) + struct.pack("<I?", BOOL, value)
+    if isinstance(value, float):
+        return _text(key) + struct.pack("<Id", F64, value)
+    return _text(key) + struct.pack("<II", U32, value)
+
+
+def _padded(n: int) -> int:
+    return -(-n // ALIGNMENT) * ALIGNMENT
+
+
+def header(keys: Sequence[bytes], parts: Sequence[Part]) -> bytes:
+    """Everything before the tensors' data (GGUF specification, version 3)."""
+    out = [b"GGUF", struct.pack("<IQQ", 3, len(parts), len(keys)), *keys]
+    offset = 0
+    for part in parts:
+        shape = struct.pack(f"<I{len(part.shape)}Q", len(part.shape), *part.shape)
+        out.append(_text(part.name) + shape + struct.pack("<IQ", part.kind, offset))
+        offset += _padded(part.n_bytes)
+    raw = b"".join(out)
+    return raw + bytes(_padded(len(raw)) - len(raw))
+
+
+def write_packed(
+    source: Source, out: str, keys: dict[str, Any], progress: Callable[[int, int], Any]
+) -> None:
+    """Writes the source as an Amber GGUF. progress(bytes written, bytes in all)."""
+    parts = source.parts()
+    total = sum(part.n_bytes for part in parts)
+    done = 0
+    with open(out, "wb") as file:
+        file.write(header(source.keys() + [key_bytes(*item) for item in keys.items()], parts))
+        for part in parts:
+            written = 0
+            for piece in part.data():
+                written += file.write(piece.data if piece.flags.c_contiguous else piece.tobytes())
+                progress(done + written, total)
+            if written != part.n_bytes:
+                raise AssertionError(f"{part.name}: {written} bytes, expected {part.n_bytes}")
+            file.write(bytes(_padded(written) - written))
+            done += written
+
+
+def copy_with_keys(source: Source, out: str, keys: dict[str, Any]) -> None:
+    """Writes an Amber GGUF again with other keys; the tensors' bytes are copied."""
+    parts = [
+        Part(
+            t.name,
+            int(t.tensor_type),
+            tuple(int(n) for n in t.shape),
+            int(t.n_bytes),
+            lambda t=t: iter([t.data]),
+        )
+        for t in source.reader.tensors
+    ]
+    with open(out, "wb") as file:
+        file.write(header(source.keys() + [key_bytes(*item) for item in keys.items()], parts))
+        for tensor, part in zip(source.reader.tensors, parts, strict=True):
+            file.write(memoryview(tensor.data).cast("B"))
+            file.write(bytes(_padded(part.n_bytes) - part.n_bytes))
+
+
+def file_hash(path: str) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def base_keys(source: Source) -> dict[str, Any]:
+    """Keys that say what the file is and what it was made from."""
+    if source.packed:  # the tensors stay, so do these
+        kept = ("format", "layout", "tied_output", "source.name", "source.size", "source.sha256")
+        fields = source.reader.fields
+        keys = {
+            f"amber.{name}": fields[f"amber.{name}"].contents()
+            for name in kept
+            if f"amber.{name}" in fields
+        }
+    else:
+        keys = {
+            "amber.format": FORMAT,
+            "amber.layout": LAYOUT,
+            "amber.tied_output": source.tied(),
+            "amber.source.name": os.path.basename(source.path),
+            "amber.source.size": str(os.path.getsize(source.path)),
+            "amber.source.sha256": file_hash(source.path),
+        }
+    return {"general.alignment": ALIGNMENT} | keys
+
+
+# ---- the command ----
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        "amber-quantize",
+        description="Write an Amber GGUF: INT8 weights that load by mapping, and where asked for a "
+        "sparsity plan whose cost was measured.",
+        allow_abbrev=False,
+    )
+    top.add_argument("model", metavar="IN", help="a GGUF file or a built-in name")
+    top.add_argument("out", metavar="OUT", help="the file to write")
+    top.add_argument(
+        "--sparse",
+        metavar="PLAN",
+        help="what runs sparse in prefill: a pattern such as 8:16x4t2, 8:16@all or 8:16@q,gate, or "
+        "a plan file; with --max-kl the family of patterns to choose from (16x4t2 patterns)",
+    )
+    top.add_argument("--criterion", help=f"{', '.join(CRITERIA)}: how channels are ranked")
+    top.add_argument("--mitigation", help=f"{', '.join(MITIGATIONS)}: what is given back")
+    top.add_argument(
+        "--skip",
+        metavar="preset|auto|LAYERS",
+        help="layers whose q and gate stay dense where the plan names no projections: the paper's "
+        "for its models (preset), the most sensitive ones (auto), or such as 0,26-27",
+    )
+    top.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="X",
+        help="choose the pattern of each projection so that the KL divergence from the dense model "
+        "stays within X nats per token",
+    )
+    top.add_argument(
+        "--calibrate",
+        default="self",
+        metavar="FILE|self",
+        help="text to measure on; self: sampled from the model (self)",
+    )
+    top.add_argument("-c", "--ctx", type=int, default=512, help="tokens per window (512)")
+    top.add_argument("--chunks", type=int, default=8, help="windows to measure on (8)")
+    top.add_argument("-t", "--threads", type=int, help="threads (physical cores)")
+    top.add_argument("--report", metavar="FILE", help="write what was chosen and why, as JSON")
+    top.add_argument("--json", action="store_true", help="print that as one line of JSON")
+    top.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    return top
+
+
+class Bar:
+    """A progress bar on stderr for one step."""
+
+    def __init__(self, name: str, unit: str, quiet: bool, scale: bool = False) -> None:
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0  # no thread beside the engine's
+        self._bar = tqdm(
+            desc=name,
+            unit=unit,
+            unit_scale=scale,
+            leave=False,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            disable=True if quiet else None,
+        )
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._bar.close()
+
+    def __call__(self, done: float, total: float) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+
+def check(args: argparse.Namespace) -> None:
+    """UsageError for arguments that cannot be meant together, before any work is done."""
+    if args.max_kl is not None and not 0 < args.max_kl < math.inf:
+        raise UsageError(f"--max-kl: expected a number above 0, found {args.max_kl}")
+    if args.ctx < 4:
+        raise UsageError(f"--ctx: expected 4 or more, found {args.ctx}")
+    if args.chunks < 1:
+        raise UsageError(f"--chunks: expected 1 or more, found {args.chunks}")
+    planned = args.sparse is not None or args.max_kl is not None
+    for name in ("criterion", "mitigation"):
+        if getattr(args, name) and not planned:
+            raise UsageError(f"--{name}: expected --sparse or --max-kl beside it")
+    if args.skip is not None and (args.sparse is None or args.max_kl is not None):
+        raise UsageError("--skip: expected --sparse beside it, and no --max-kl")
+    if args.sparse in ("off", "auto", ""):
+        raise UsageError(
+            f"--sparse: expected a pattern or a plan file, found {args.sparse!r} (leave it out for "
+            "a dense file)"
+        )
+
+
+def quantize(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes args.out. Returns the report."""
+    started = perf_counter()
+    path = find_model(args.model)
+    if os.path.exists(args.out) and os.path.samefile(path, args.out):
+        raise AmberError(f"{args.out}: expected another file than the source")
+    plan = None
+    if args.sparse or args.max_kl is not None:
+        from . import calibrate
+
+        plan = calibrate.Wish(args)
+        plan.check(path)
+    else:
+        memory_estimate(path, sparse="off")  # proves the file before anything is written
+    source = Source(path)
+    keys = base_keys(source)
+    partial = [args.out + ".part", args.out + ".part2"]
+    try:
+        if source.packed:
+            copy_with_keys(source, partial[0], keys)
+        else:
+            with Bar("weights", "B", args.quiet, scale=True) as bar:
+                write_packed(source, partial[0], keys, bar)
+        report: dict[str, Any] = {
+            "source": path,
+            "out": args.out,
+            "source_bytes": os.path.getsize(path),
+            "pack_seconds": perf_counter() - started,
+            "sparse": "off",
+        }
+        if plan is None:
+            os.replace(partial[0], args.out)
+        else:
+            result = plan.carry_out(partial[0], lambda name, unit: Bar(name, unit, args.quiet))
+            copy_with_keys(Source(partial[0]), partial[1], keys | result.keys)
+            os.replace(partial[1], args.out)
+            report |= result.report
+    finally:
+        for name in partial:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(name)
+    report["out_bytes"] = os.path.getsize(args.out)
+    report["seconds"] = perf_counter() - started
+    return report
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report for people."""
+    line = (
+        f"{report['out']}: {report['out_bytes'] / 2**20:.1f} MiB from "
+        f"{report['source_bytes'] / 2**20:.1f} MiB in {report['seconds']:.1f} s"
+    )
+    if report["sparse"] != "off":
+        change = 100 * (report["perplexity"] / report["dense_perplexity"] - 1)
+        line += (
+            f"\n{report['sparse']}: coverage {100 * report['coverage']:.1f} %, modelled time of the "
+            f"layers' projections {100 * report['modelled_time']:.1f} % of dense\n"
+            f"KL {report['kl_mean']:.5f}, perplexity {report['perplexity']:.4f} (dense "
+            f"{report['dense_perplexity']:.4f}, {change:+.2f} %) on {report['tokens']} tokens of "
+            f"{report['calibration']}"
+        )
+    return line
+
+
+def run(args: argparse.Namespace) -> int:
+    check(args)
+    report = quantize(args)
+    if args.report:
+        with open(args.report, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+            file.write("\n")
+    print(json.dumps(report) if args.json else summary(report), flush=True)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command amber-quantize. Returns its exit code."""
+    try:
+        return run(parser().parse_args(argv))
+    except UsageError as error:
+        print(f"amber-quantize: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (AmberError, OSError, MemoryError) as error:
+        print(f"amber-quantize: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
