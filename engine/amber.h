@@ -7,8 +7,8 @@
  *   amber_engine     a loaded model: mapping, weights, kernels. Immutable after open; sessions and
  *                    threads share it.
  *   amber_session    one timeline: token history, KV cache, logits of its last token.
- *   amber_tokenizer  text <-> token ids; borrowed from an engine or opened alone from any GGUF file,
- *                    a vocabulary-only one too.
+ *   amber_tokenizer  text <-> token ids; borrowed from an engine, or opened alone from any GGUF
+ *                    file, a vocabulary-only one too.
  *   amber_sampler    logits -> next token, with its own random state and penalty window.
  *
  * The rules:
@@ -89,10 +89,11 @@ typedef struct amber_engine_options {
     void *progress_user;
     amber_log_fn log;
     void *log_user;
-    /* Which projections run N:M activation-sparse in prefill: NULL or "off", a pattern such as "8:16"
-     * with an optional "/criterion", "/mitigation", "@projections" and "#layers", or several rules
-     * separated by ';' ("8:16/amber@q,gate#0-18; 12:16x4t2@down"). A pattern alone follows the policy
-     * of Amber Pruner: down, q and gate. Decode is always dense. */
+    /* Which projections run N:M activation-sparse in prefill: NULL or "off", "auto" (the plan that
+     * an Amber GGUF carries; off where there is none), a pattern such as "8:16" with an optional
+     * "/criterion", "/mitigation", "@projections" and "#layers", or several rules separated by ';'
+     * ("8:16/amber@q,gate#0-18; 12:16x4t2@down"). A pattern alone follows the policy of Amber
+     * Pruner: down, q and gate. Decode is always dense. */
     const char *sparse;
     int32_t sparse_first_n; /* the first tokens of a session that stay dense */
 } amber_engine_options;
@@ -125,8 +126,8 @@ typedef struct amber_memory {
 
 typedef struct amber_session_options {
     size_t size;
-    int32_t n_ctx;   /* tokens the session can hold; 0: min(4096, trained context) */
-    int32_t n_batch; /* most rows of one prefill batch, even; 0: 512 */
+    int32_t n_ctx;              /* tokens the session can hold; 0: min(4096, trained context) */
+    int32_t n_batch;            /* most rows of one prefill batch, even; 0: 512 */
     amber_progress_fn progress; /* called inside prefill, between layers */
     void *progress_user;
 } amber_session_options;
@@ -193,8 +194,8 @@ amber_status amber_session_new(amber_engine *engine, const amber_session_options
 void amber_session_free(amber_session *session);
 /* Makes the session hold exactly tokens[0..n): keeps the common prefix, forgets the rest of what it
  * held, computes what is new, and leaves the logits of the last token. On AMBER_ERR_CANCELLED the
- * session holds a shorter consistent prefix of `tokens`, and a later sync goes on from there. On any
- * other failure it is unchanged. n must be at least 1. */
+ * session holds a shorter consistent prefix of `tokens`, and a later sync goes on from there. On
+ * any other failure it is unchanged. n must be at least 1. */
 amber_status amber_session_sync(amber_session *session, const int32_t *tokens, int32_t n,
                                 amber_error *err);
 /* Adds one token: a decode step, dense whatever the plan. */
@@ -215,11 +216,11 @@ void amber_session_reset_stats(amber_session *session);
 
 /* ---- tokenizer ---- */
 
-#define AMBER_TOKEN_CONTROL 1 /* <s>, <|im_end|>: not text; skipped by detokenize unless asked for */
-#define AMBER_TOKEN_EOG 2     /* ends a generation: EOS, end of turn and their kin */
-#define AMBER_TOKEN_BYTE 4    /* one raw byte */
+#define AMBER_TOKEN_CONTROL 1 /* <s>, <|im_end|>: not text; detokenize skips it unless asked */
+#define AMBER_TOKEN_EOG     2 /* ends a generation: EOS, end of turn and their kin */
+#define AMBER_TOKEN_BYTE    4 /* one raw byte */
 #define AMBER_TOKEN_UNKNOWN 8
-#define AMBER_TOKEN_USER 16 /* user-defined text that is always matched whole */
+#define AMBER_TOKEN_USER    16 /* user-defined text that is always matched whole */
 
 amber_status amber_tokenizer_open(const char *path, amber_tokenizer **out, amber_error *err);
 void amber_tokenizer_close(amber_tokenizer *tokenizer); /* not for an engine's own */
@@ -235,15 +236,16 @@ const char *amber_token_text(const amber_tokenizer *tokenizer, int32_t token, in
 /* The id of an exact vocabulary entry such as "<|im_end|>", or -1. */
 int32_t amber_token_find(const amber_tokenizer *tokenizer, const char *text, int32_t length);
 /* Writes up to cap ids and returns how many there are in all (call again when more than cap), or a
- * negative amber_status. add_special puts BOS (and where the model asks for it EOS) around the text;
- * parse_special reads special tokens' spellings inside the text as those tokens. Bytes that are not
- * valid UTF-8 are taken as U+FFFD. */
+ * negative amber_status. add_special puts BOS (and where the model asks for it EOS) around the
+ * text; parse_special reads special tokens' spellings inside the text as those tokens. Bytes that
+ * are not valid UTF-8 are taken as U+FFFD. */
 int32_t amber_tokenize(const amber_tokenizer *tokenizer, const char *text, int32_t length,
                        int32_t add_special, int32_t parse_special, int32_t *out, int32_t cap,
                        amber_error *err);
-/* Writes up to cap bytes (no NUL) and returns how many there are in all, or a negative amber_status.
- * keep_special writes control tokens' spellings too. Special tokens are otherwise left out, and so
- * is the space that tokenize put in front. The bytes may be broken UTF-8 where the tokens are. */
+/* Writes up to cap bytes (no NUL) and returns how many there are in all, or a negative
+ * amber_status. keep_special writes control tokens' spellings too. Special tokens are otherwise
+ * left out, and so is the space that tokenize put in front. The bytes may be broken UTF-8 where the
+ * tokens are. */
 int32_t amber_detokenize(const amber_tokenizer *tokenizer, const int32_t *tokens, int32_t n,
                          int32_t keep_special, char *out, int32_t cap, amber_error *err);
 
@@ -266,19 +268,19 @@ amber_status amber_sampler_new(const amber_sampling *sampling, int32_t n_vocab, 
                                amber_error *err);
 void amber_sampler_free(amber_sampler *sampler);
 uint64_t amber_sampler_seed(const amber_sampler *sampler); /* the one in use */
-/* Makes a token count for the penalties: call it for the prompt's tokens and for every sampled one. */
+/* Makes a token count for the penalties: for the prompt's tokens and for every sampled one. */
 amber_status amber_sampler_accept(amber_sampler *sampler, int32_t token);
 /* Next token from logits [n_vocab] float32, which are not changed. Order: bias, penalties, top_k,
- * top_p, min_p, temperature. Returns a token, or a negative amber_status where no logit is finite. */
+ * top_p, min_p, temperature. Returns a token, or a negative amber_status where none is finite. */
 int32_t amber_sampler_sample(amber_sampler *sampler, const float *logits);
 
 /* ---- measuring ---- */
 
 /* The two limits of this machine, to hold measured speeds against, with `threads` threads:
- * INT8 operations per second of the dot product of kernel column `isa` (NULL: the best) on registers
- * alone, a multiply and its addition counting as two; and bytes per second of reading 1 GiB (or an
- * eighth of the memory) again and again from end to end, which a cache of that size would answer in
- * place of the memory. The best of many short trials each; takes about a second. */
+ * INT8 operations per second of the dot product of kernel column `isa` (NULL: the best) on
+ * registers alone, a multiply and its addition counting as two; and bytes per second of reading 1
+ * GiB (or an eighth of the memory) again and again from end to end, which a cache of that size
+ * would answer in place of the memory. The best of many short trials each; takes about a second. */
 amber_status amber_measure_peaks(int32_t threads, const char *isa, double *int8_ops_per_second,
                                  double *read_bytes_per_second, amber_error *err);
 

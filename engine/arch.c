@@ -14,11 +14,13 @@ static const struct arch architectures[] = {
 
 #define N_ARCHITECTURES (sizeof architectures / sizeof architectures[0])
 
-const char *arch_list(void) { return "llama qwen2"; }
+const char *arch_list(void) {
+    return "llama qwen2";
+}
 
 /* Integer key "<arch>.<name>"; per-layer arrays serve where all their elements agree. */
-static int get_int(const struct gguf_file *file, const char *arch, const char *name, int min, int max,
-                   int *out, amber_error *err) {
+static int get_int(const struct gguf_file *file, const char *arch, const char *name, int min,
+                   int max, int *out, amber_error *err) {
     char key[128];
     snprintf(key, sizeof key, "%s.%s", arch, name);
     const struct gguf_kv *kv = gguf_find(file, key);
@@ -33,8 +35,8 @@ static int get_int(const struct gguf_file *file, const char *arch, const char *n
             return -1;
         }
         if (value < min || value > max) {
-            amber_fail(err, AMBER_ERR_FORMAT, "%s: %s: expected %d..%d, found %lld", file->label, key,
-                       min, max, (long long)value);
+            amber_fail(err, AMBER_ERR_FORMAT, "%s: %s: expected %d..%d, found %lld", file->label,
+                       key, min, max, (long long)value);
             return -1;
         }
     } else {
@@ -59,9 +61,10 @@ static int get_float(const struct gguf_file *file, const char *arch, const char 
 
 static amber_status missing(const struct gguf_file *file, const char *arch, const char *name,
                             amber_error *err) {
-    return amber_fail(err, AMBER_ERR_FORMAT,
-                      "%s: key %s.%s: expected, not found (the file is incomplete; convert it anew)",
-                      file->label, arch, name);
+    return amber_fail(
+        err, AMBER_ERR_FORMAT,
+        "%s: key %s.%s: expected, not found (the file is incomplete; convert it anew)", file->label,
+        arch, name);
 }
 
 /* YaRN (arXiv 2309.00071, section 3.2): frequencies that turn more than beta_fast times within the
@@ -106,8 +109,8 @@ static amber_status read_rope(const struct gguf_file *file, struct shape *s, amb
     bool none = type.len == 4 && memcmp(type.data, "none", 4) == 0;
     if (!yarn && !linear && !none)
         return amber_fail(err, AMBER_ERR_UNSUPPORTED,
-                          "%s: %s is \"%.*s\"; this version knows none, linear and yarn", file->label,
-                          key, (int)(type.len > 40 ? 40 : type.len), type.data);
+                          "%s: %s is \"%.*s\"; this version knows none, linear and yarn",
+                          file->label, key, (int)(type.len > 40 ? 40 : type.len), type.data);
     if (none || factor <= 0) factor = 1;
 
     /* Llama 3 writes its scaling as a tensor of divisors, one per pair. */
@@ -131,8 +134,8 @@ static amber_status read_rope(const struct gguf_file *file, struct shape *s, amb
                 free(s->rope_freq);
                 s->rope_freq = NULL;
                 return amber_fail(err, AMBER_ERR_FORMAT,
-                                  "%s: rope_freqs.weight[%d]: expected > 0, found %g", file->label, i,
-                                  (double)d);
+                                  "%s: rope_freqs.weight[%d]: expected > 0, found %g", file->label,
+                                  i, (double)d);
             }
             freq /= d;
         }
@@ -160,8 +163,8 @@ static amber_status find_arch(const struct gguf_file *file, const struct arch **
         }
     }
     return amber_fail(err, AMBER_ERR_UNSUPPORTED,
-                      "%s: architecture \"%.*s\" is not supported; this version runs: %s", file->label,
-                      (int)(name.len > 40 ? 40 : name.len), name.data, arch_list());
+                      "%s: architecture \"%.*s\" is not supported; this version runs: %s",
+                      file->label, (int)(name.len > 40 ? 40 : name.len), name.data, arch_list());
 }
 
 amber_status arch_read_shape(const struct gguf_file *file, struct shape *s, amber_error *err) {
@@ -238,8 +241,8 @@ amber_status arch_read_shape(const struct gguf_file *file, struct shape *s, ambe
                           file->label);
     if (embedding->ne[1] < 1 || embedding->ne[1] > (1 << 24))
         return amber_fail(err, AMBER_ERR_FORMAT,
-                          "%s: token_embd.weight: expected 1..16777216 rows, found %llu", file->label,
-                          (unsigned long long)embedding->ne[1]);
+                          "%s: token_embd.weight: expected 1..16777216 rows, found %llu",
+                          file->label, (unsigned long long)embedding->ne[1]);
     s->n_vocab = (int)embedding->ne[1];
     return read_rope(file, s, err);
 }

@@ -32,7 +32,11 @@ double amber_seconds(void); /* monotonic clock */
 static inline int64_t amber_round_up(int64_t x, int64_t multiple) {
     return (x + multiple - 1) / multiple * multiple;
 }
-static inline int amber_min(int a, int b) { return a < b ? a : b; }
-static inline int amber_max(int a, int b) { return a > b ? a : b; }
+static inline int amber_min(int a, int b) {
+    return a < b ? a : b;
+}
+static inline int amber_max(int a, int b) {
+    return a > b ? a : b;
+}
 
 #endif

@@ -5,18 +5,21 @@
 #include "common.h"
 
 /* Type numbers as the GGUF specification assigns them. */
+/* clang-format off */
 enum tensor_type {
     TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q4_0 = 2, TYPE_Q4_1 = 3, TYPE_Q5_0 = 6, TYPE_Q5_1 = 7,
     TYPE_Q8_0 = 8, TYPE_Q2_K = 10, TYPE_Q3_K = 11, TYPE_Q4_K = 12, TYPE_Q5_K = 13, TYPE_Q6_K = 14,
     TYPE_IQ4_NL = 20, TYPE_IQ4_XS = 23, TYPE_I8 = 24, TYPE_BF16 = 30,
 };
+/* clang-format on */
 
 struct type_info {
     uint32_t type;
-    const char *name;       /* "Q4_K" */
-    uint32_t block_values;  /* values of one block: a row's length is a multiple of it */
-    uint32_t block_bytes;   /* 0: the size is unknown to this version */
-    /* src: n / block_values blocks, any alignment; dst [n] float32. NULL: cannot be read as floats. */
+    const char *name;      /* "Q4_K" */
+    uint32_t block_values; /* values of one block: a row's length is a multiple of it */
+    uint32_t block_bytes;  /* 0: the size is unknown to this version */
+    /* src: n / block_values blocks, any alignment; dst [n] float32. NULL: cannot be read as floats.
+     */
     void (*to_float)(const void *src, float *dst, int64_t n);
 };
 

@@ -1,5 +1,6 @@
-/* dequant_iq.c: the code-book types IQ1, IQ2 and IQ3. A super-block holds 256 values; groups of 8 or 4
- * of them are rows of a code book, scaled by a few bits per 16 or 32 values, with a sign per value.
+/* dequant_iq.c: the code-book types IQ1, IQ2 and IQ3. A super-block holds 256 values; groups of 8
+ * or 4 of them are rows of a code book, scaled by a few bits per 16 or 32 values, with a sign per
+ * value.
  *
  * Facts: block layouts as the numpy dequantizers of the Python package `gguf` read them, which are
  * also the oracle of the tests; each value is formed by the same float32 operations. */
@@ -79,7 +80,8 @@ void iq2_s_to_float(const void *src, float *dst, int64_t n) {
     const uint8_t *block = src;
     for (int64_t at = 0; at < n; at += SUPER, block += 82) {
         float d = f32_from_f16(read_u16(block));
-        const uint8_t *low = block + 2, *signs = block + 34, *high = block + 66, *scales = block + 74;
+        const uint8_t *low = block + 2, *signs = block + 34, *high = block + 66,
+                      *scales = block + 74;
         for (int i = 0; i < 32; i++) {
             uint32_t index = low[i] | (uint32_t)(high[i / 4] >> 2 * (i % 4) & 3) << 8;
             float scale = d * (0.5f + (float)(scales[i / 4] >> 4 * (i / 2 % 2) & 15)) * 0.25f;
@@ -107,7 +109,8 @@ void iq3_s_to_float(const void *src, float *dst, int64_t n) {
     const uint8_t *block = src;
     for (int64_t at = 0; at < n; at += SUPER, block += 110) {
         float d = f32_from_f16(read_u16(block));
-        const uint8_t *low = block + 2, *high = block + 66, *signs = block + 74, *scales = block + 106;
+        const uint8_t *low = block + 2, *high = block + 66, *signs = block + 74,
+                      *scales = block + 106;
         for (int i = 0; i < 64; i++) {
             uint32_t index = low[i] | (uint32_t)(high[i / 8] >> i % 8 & 1) << 8;
             float scale = d * (float)(1 + 2 * (scales[i / 16] >> 4 * (i / 8 % 2) & 15));
@@ -130,7 +133,8 @@ void iq1_s_to_float(const void *src, float *dst, int64_t n) {
             uint32_t tail = read_u16(block + 34 + 2 * (i / 4));
             uint32_t index = block[2 + i] | (tail >> 3 * (i % 4) & 7) << 8;
             float scale = d * (float)(2 * (tail >> 12 & 7) + 1);
-            put_iq1(dst + at + 8 * i, iq1_grid[index], scale, tail & 0x8000 ? -IQ1_DELTA : IQ1_DELTA);
+            put_iq1(dst + at + 8 * i, iq1_grid[index], scale,
+                    tail & 0x8000 ? -IQ1_DELTA : IQ1_DELTA);
         }
     }
 }

@@ -213,7 +213,7 @@ amber_status amber_memory_estimate(const char *path, const amber_engine_options 
                             &plan, err);
     free(text);
     if (status == AMBER_OK)
-        status = session_estimate(&shape, floats, &plan, o.threads, kernels.attention_scratch, n_ctx,
+        status = session_estimate(&shape, floats, &plan, o.threads, &kernels, n_ctx,
                                   n_batch, &full.kv_bytes, &full.scratch_bytes, err);
     plan_free(&plan);
     free(shape.rope_freq);

@@ -1,11 +1,11 @@
-/* forward.c: the model's computation as prose. The steps are in ops.c, the arithmetic in kernels/. */
+/* forward.c: the model's computation as prose. Steps are in ops.c, arithmetic is in kernels/. */
 #include "session.h"
 
 /* All memory belongs to the session: an allocation here would be a bug in the hot loop. */
 #pragma GCC poison malloc calloc realloc free amber_alloc amber_free
 
-/* The residual stream x of all rows goes through one transformer block. The last block works on rows
- * first_out.. only: of the others nobody reads more than their keys and values. */
+/* The residual stream x of all rows goes through one transformer block. The last block works on
+ * rows first_out.. only: of the others nobody reads more than their keys and values. */
 static void layer(struct batch *b, int il, int first_out) {
     const struct layer *w = &b->model->layers[il];
     const struct linear *qkv[] = {&w->q, &w->k, &w->v};
@@ -33,7 +33,8 @@ amber_status forward(struct batch *b, const int32_t *tokens, int rows, int pos0,
     b->x = b->x_base;
     op_embed(b, tokens);
     op_rope_table(b);
-    /* A pair of positions (2i, 2i + 1) may share a pruning mask: the last layer keeps it together. */
+    /* A pair of positions (2i, 2i + 1) may share a pruning mask: the last layer keeps it together.
+     */
     int pair = first_out < rows ? (pos0 + first_out) % 2 : 0;
     if (pair > first_out) pair = 0;
     for (int il = 0; il < b->model->shape.n_layer; il++) {

@@ -8,11 +8,13 @@
 
 #include "common.h"
 
+/* clang-format off */
 enum gguf_value_type {
     GGUF_U8 = 0, GGUF_I8 = 1, GGUF_U16 = 2, GGUF_I16 = 3, GGUF_U32 = 4, GGUF_I32 = 5,
     GGUF_F32 = 6, GGUF_BOOL = 7, GGUF_STRING = 8, GGUF_ARRAY = 9, GGUF_U64 = 10, GGUF_I64 = 11,
     GGUF_F64 = 12,
 };
+/* clang-format on */
 
 struct gguf_string {
     const char *data;
@@ -62,8 +64,8 @@ const struct gguf_kv *gguf_find(const struct gguf_file *file, const char *key); 
 const struct gguf_tensor *gguf_find_tensor(const struct gguf_file *file, const char *name);
 
 /* Typed look-ups. They return 1 and set *out where the key is there, 0 (and leave *out alone) where
- * it is absent, and -1 with err filled where it has a type or a value that does not fit: any integer
- * type that holds the value serves an integer look-up, F32 and F64 serve a float. */
+ * it is absent, and -1 with err filled where it has a type or a value that does not fit: any
+ * integer type that holds the value serves an integer look-up, F32 and F64 serve a float. */
 int gguf_get_i64(const struct gguf_file *file, const char *key, int64_t min, int64_t max,
                  int64_t *out, amber_error *err);
 int gguf_get_f64(const struct gguf_file *file, const char *key, double *out, amber_error *err);
@@ -71,14 +73,16 @@ int gguf_get_bool(const struct gguf_file *file, const char *key, bool *out, ambe
 int gguf_get_string(const struct gguf_file *file, const char *key, struct gguf_string *out,
                     amber_error *err);
 
-/* Element i of an array (or of a scalar with i = 0) as a number; i < kv->count is the caller's duty. */
+/* Element i of an array (or of a scalar with i = 0) as a number; i < kv->count is the caller's
+ * duty. */
 int64_t gguf_array_i64(const struct gguf_kv *kv, uint64_t i);
 double gguf_array_f64(const struct gguf_kv *kv, uint64_t i);
 
 /* Walks a string array: start with cursor = kv->data; each call returns the next string. */
 struct gguf_string gguf_next_string(const uint8_t **cursor);
 
-/* A value as text for display; arrays as "[type x count]". Returns the full length, cuts to cap - 1. */
+/* A value as text for display; arrays as "[type x count]". Returns the full length, cuts to cap
+ * - 1. */
 int gguf_format_value(const struct gguf_kv *kv, char *buf, size_t cap);
 
 /* Tells the system that a tensor's pages are no longer needed (they can be read again). */

@@ -319,6 +319,11 @@ static amber_status load_plan(struct loader *ld, const char *sparse) {
         status = plan_parse(text, &(struct plan_model){s->n_layer, s->n_embd, s->n_ff}, &m->plan,
                             ld->err);
     free(text);
+    if (status != AMBER_OK && sparse && strcmp(sparse, "auto") == 0 && ld->err) {
+        char why[sizeof ld->err->msg];
+        memcpy(why, ld->err->msg, sizeof why);
+        return amber_fail(ld->err, AMBER_ERR_FORMAT, "%s: key amber.plan: %s", m->file->label, why);
+    }
     return status;
 }
 

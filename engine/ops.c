@@ -6,6 +6,9 @@
 #include <math.h>
 #include <string.h>
 
+/* Rows from which on products over lists are faster than dense ones. */
+enum { MIN_LISTED = 8 };
+
 /* A job of one row does not pay the other threads' wake-up. */
 static void run_rows(struct batch *b, amber_work_fn work, void *ctx) {
     if (b->rows <= 1)
@@ -56,7 +59,43 @@ static const struct activation *input_of(const struct batch *b, const struct lin
     return &b->in[i];
 }
 
+/* Quads of 16 that lists name for a pattern; 0 where the kernels are no faster with lists. */
+static int listed_quads(const struct amber_kernels *kernels, const struct amber_pattern *p) {
+    int keep = kernels->gemm_nm ? amber_nm_keep(p) : 0;
+    return keep <= kernels->nm_most[p->tokens == 2] ? keep : 0;
+}
+
+/* The first row that a rule prunes: pairs of rows before it hold protected tokens. */
+static int first_pruned(const struct batch *b) {
+    const int left = b->model->sparse_first_n - b->pos0, odd = b->pos0 % 2;
+    return left <= 0 ? 0 : (int)amber_round_up(left + odd, 2) - odd;
+}
+
+static void choose_lists(const struct batch *b, struct activation *in, int *n_lists) {
+    in->nm.keep = 0;
+    in->listed_from = first_pruned(b);
+    if (!in->of || b->model->float_weights || b->rows - in->listed_from < MIN_LISTED) return;
+    in->nm.keep = listed_quads(b->kernels, &in->of->rule->pattern);
+    if (in->nm.keep == 0) return;
+    in->nm.lists = b->lists[(*n_lists)++];
+    in->nm.stride = amber_nm_stride(in->a8.k_pad);
+    in->nm.first = in->listed_from == 0 && b->pos0 % 2;
+}
+
+/* The rows that are in lists. */
+static struct amber_a8 listed_rows(const struct activation *in) {
+    struct amber_a8 a = in->a8;
+    const int from = in->listed_from;
+    a.q += from * a.stride;
+    a.scale += from;
+    a.sum += from;
+    if (a.shift) a.shift += from;
+    a.rows -= from;
+    return a;
+}
+
 static void choose_inputs(struct batch *b, const struct linear *const w[], int n) {
+    int n_lists = 0;
     b->n_in = w[0]->n_in;
     b->n_inputs = 0;
     for (int i = 0; i < n; i++) {
@@ -70,7 +109,23 @@ static void choose_inputs(struct batch *b, const struct linear *const w[], int n
         in->a8.stride = amber_a8_stride(in->a8.k_pad);
         in->a8.rows = b->rows;
         in->a8.shift = of && of->rule->shift != SHIFT_NONE ? in->shift : NULL;
+        choose_lists(b, in, &n_lists);
     }
+}
+
+int plan_lists(const struct plan *plan, const struct amber_kernels *kernels) {
+    static const int groups[][4] = {{PROJ_Q, PROJ_K, PROJ_V, -1}, {PROJ_GATE, PROJ_UP, -1},
+                                    {PROJ_O, -1}, {PROJ_DOWN, -1}};
+    int most = 0;
+    for (int il = 0; il < plan->n_layer; il++) {
+        for (int g = 0; g < 4; g++) {
+            int lists = 0;
+            for (int i = 0; groups[g][i] >= 0; i++)
+                lists += listed_quads(kernels, &plan_rule(plan, il, groups[g][i])->pattern) > 0;
+            most = amber_max(most, lists);
+        }
+    }
+    return most;
 }
 
 int plan_inputs(const struct plan *plan) {
@@ -188,21 +243,26 @@ static void input_work(void *ctx, int ith, int nth) {
     for (int first = begin; first < end; first += 2) {
         int r0 = amber_max(first - odd, 0), r1 = amber_min(first - odd + 2, b->rows), rows = r1 - r0;
         for (int r = r0; r < r1; r++) job->make(b, job->source, r, x + (int64_t)(r - r0) * n);
-        bool protected = b->pos0 + r0 < b->model->sparse_first_n;
+        bool protected = r0 < first_pruned(b);
         for (int i = 0; i < b->n_inputs; i++) {
             const struct activation *in = &b->in[i];
             if (in->of && !protected && in->of->rule->pattern.tokens == 2) {
                 store_pruned(b, in, r0, rows, x, z, work, prune_scratch);
-                continue;
-            }
-            for (int r = r0; r < r1; r++) {
-                const float *row = x + (int64_t)(r - r0) * n;
-                if (in->of && !protected) {
-                    store_pruned(b, in, r, 1, row, z, work, prune_scratch);
-                } else {
-                    store_row(b, in, r, row);
-                    if (in->a8.shift) in->shift[r] = 0;
+            } else {
+                for (int r = r0; r < r1; r++) {
+                    const float *row = x + (int64_t)(r - r0) * n;
+                    if (in->of && !protected) {
+                        store_pruned(b, in, r, 1, row, z, work, prune_scratch);
+                    } else {
+                        store_row(b, in, r, row);
+                        if (in->a8.shift) in->shift[r] = 0;
+                    }
                 }
+            }
+            if (in->nm.keep && !protected) {
+                const struct amber_a8 listed = listed_rows(in);
+                const int pair = (r0 - in->listed_from + in->nm.first) / 2;
+                b->kernels->pack_nm(&in->nm, &listed, pair, pair + 1);
             }
         }
     }
@@ -257,7 +317,14 @@ static void linear_part(const struct batch *b, const struct linear *w, float *y,
         b->kernels->gemm_f32(&g, begin, amber_min(end, w->n_out));
     } else {
         struct amber_gemm_w8a8 g = {.w = w->w8, .a = in->a8, .y = y, .ldy = w->n_out, .add = add};
-        b->kernels->gemm_w8a8(&g, begin / AMBER_PANEL, (end + AMBER_PANEL - 1) / AMBER_PANEL);
+        const int panel0 = begin / AMBER_PANEL, panel1 = (end + AMBER_PANEL - 1) / AMBER_PANEL;
+        if (in->nm.keep) g.a.rows = in->listed_from;
+        if (g.a.rows > 0) b->kernels->gemm_w8a8(&g, panel0, panel1);
+        if (in->nm.keep) {
+            g.a = listed_rows(in);
+            g.y = y + in->listed_from * g.ldy;
+            b->kernels->gemm_nm(&g, &in->nm, panel0, panel1);
+        }
     }
 }
 

@@ -23,9 +23,13 @@ struct text {
     const char *at, *end;
 };
 
-const char *plan_projection_name(int projection) { return projection_names[projection]; }
+const char *plan_projection_name(int projection) {
+    return projection_names[projection];
+}
 
-bool rule_is_sparse(const struct rule *rule) { return rule->pattern.kind != AMBER_PATTERN_DENSE; }
+bool rule_is_sparse(const struct rule *rule) {
+    return rule->pattern.kind != AMBER_PATTERN_DENSE;
+}
 
 bool rule_equal(const struct rule *a, const struct rule *b) {
     const struct amber_pattern *p = &a->pattern, *q = &b->pattern;
@@ -54,26 +58,38 @@ static bool equals(struct text t, const char *word) {
     return (size_t)(t.end - t.at) == strlen(word) && memcmp(t.at, word, strlen(word)) == 0;
 }
 
-static int clip(struct text t) { return t.end - t.at > 60 ? 60 : (int)(t.end - t.at); }
+static int clip(struct text t) {
+    return t.end - t.at > 60 ? 60 : (int)(t.end - t.at);
+}
 
 static amber_status read_method(struct text word, struct rule *rule, amber_error *err) {
-    if (equals(word, "act")) rule->criterion = CRITERION_ACT;
-    else if (equals(word, "norm")) rule->criterion = CRITERION_NORM;
-    else if (equals(word, "amber")) rule->criterion = CRITERION_AMBER;
-    else if (equals(word, "amber-b")) rule->criterion = CRITERION_AMBER_B;
-    else if (equals(word, "var")) rule->var = true;
-    else if (equals(word, "dpts")) rule->shift = SHIFT_MEAN;
-    else if (equals(word, "dpts-median")) rule->shift = SHIFT_MEDIAN;
-    else if (equals(word, "none")) return AMBER_OK;
+    if (equals(word, "act"))
+        rule->criterion = CRITERION_ACT;
+    else if (equals(word, "norm"))
+        rule->criterion = CRITERION_NORM;
+    else if (equals(word, "amber"))
+        rule->criterion = CRITERION_AMBER;
+    else if (equals(word, "amber-b"))
+        rule->criterion = CRITERION_AMBER_B;
+    else if (equals(word, "var"))
+        rule->var = true;
+    else if (equals(word, "dpts"))
+        rule->shift = SHIFT_MEAN;
+    else if (equals(word, "dpts-median"))
+        rule->shift = SHIFT_MEDIAN;
+    else if (equals(word, "none"))
+        return AMBER_OK;
     else if (equals(word, "clact"))
-        return amber_fail(err, AMBER_ERR_UNSUPPORTED,
-                          "sparse: clact ranks a token by the other tokens of the call, so answers would "
-                          "change with batching and caching; use act, norm or amber");
+        return amber_fail(
+            err, AMBER_ERR_UNSUPPORTED,
+            "sparse: clact ranks a token by the other tokens of the call, so answers would "
+            "change with batching and caching; use act, norm or amber");
     else
-        return amber_fail(err, AMBER_ERR_ARGUMENT,
-                          "sparse: expected act, norm, amber, amber-b, var, dpts or dpts-median, found "
-                          "\"%.*s\"",
-                          clip(word), word.at);
+        return amber_fail(
+            err, AMBER_ERR_ARGUMENT,
+            "sparse: expected act, norm, amber, amber-b, var, dpts or dpts-median, found "
+            "\"%.*s\"",
+            clip(word), word.at);
     return AMBER_OK;
 }
 
@@ -87,9 +103,10 @@ static amber_status read_scope(struct text scope, bool chosen[N_PROJ], amber_err
         } else if (equals(word, "all")) {
             for (int j = 0; j < N_PROJ; j++) chosen[j] = true;
         } else {
-            return amber_fail(err, AMBER_ERR_ARGUMENT,
-                              "sparse: scope: expected all, q, k, v, o, gate, up or down, found \"%.*s\"",
-                              clip(word), word.at);
+            return amber_fail(
+                err, AMBER_ERR_ARGUMENT,
+                "sparse: scope: expected all, q, k, v, o, gate, up or down, found \"%.*s\"",
+                clip(word), word.at);
         }
     }
     return AMBER_OK;
@@ -116,9 +133,10 @@ static amber_status read_layers(struct text layers, bool *chosen, int n_layer, a
             ok = read_number(&t, &last);
         }
         if (!ok || t.at != t.end || first > last || last >= n_layer)
-            return amber_fail(err, AMBER_ERR_ARGUMENT,
-                              "sparse: layers: expected numbers or ranges within 0-%d, found \"%.*s\"",
-                              n_layer - 1, clip(range), range.at);
+            return amber_fail(
+                err, AMBER_ERR_ARGUMENT,
+                "sparse: layers: expected numbers or ranges within 0-%d, found \"%.*s\"",
+                n_layer - 1, clip(range), range.at);
         for (int i = first; i <= last; i++) chosen[i] = true;
     }
     return AMBER_OK;
@@ -177,8 +195,8 @@ static uint64_t plan_hash(const struct plan *plan) {
     for (int i = 0; i < plan->n_layer * N_PROJ; i++) {
         const struct rule *r = &plan->rules[i];
         const struct amber_pattern *p = &r->pattern;
-        int32_t fields[] = {p->kind, p->n, p->m, p->block, p->tokens, p->relief,
-                            r->criterion, r->shift, r->var};
+        int32_t fields[] = {p->kind,   p->n,         p->m,     p->block, p->tokens,
+                            p->relief, r->criterion, r->shift, r->var};
         for (size_t j = 0; j < sizeof fields / sizeof fields[0]; j++) {
             for (int byte = 0; byte < 4; byte++) {
                 hash ^= (uint8_t)((uint32_t)fields[j] >> (8 * byte));
@@ -234,5 +252,6 @@ void plan_describe(const struct plan *plan, char *buf, size_t cap) {
     }
     char pattern[AMBER_PATTERN_TEXT];
     amber_pattern_format(&first->pattern, pattern);
-    snprintf(buf, cap, "%s in %d/%d projections", kinds ? "mixed patterns" : pattern, sparse, total);
+    snprintf(buf, cap, "%s in %d/%d projections", kinds ? "mixed patterns" : pattern, sparse,
+             total);
 }

@@ -1,5 +1,5 @@
-/* plan.h: which projection of which layer runs sparse in prefill, and how. Read once when a model is
- * opened; part of the engine from then on.
+/* plan.h: which projection of which layer runs sparse in prefill, and how. Read once when a model
+ * is opened; part of the engine from then on.
  *
  * Text form, as options carry it (Python turns plan files into it):
  *
@@ -19,12 +19,12 @@
 
 enum projection_id { PROJ_Q, PROJ_K, PROJ_V, PROJ_O, PROJ_GATE, PROJ_UP, PROJ_DOWN, N_PROJ };
 
-/* What ranks the channels of a token beside |x|: a factor per input channel (methods: Amber Pruner's
- * Robust-Norm scoring; Wanda's weight norm turned around). */
+/* What ranks the channels of a token beside |x|: a factor per input channel (methods: Amber
+ * Pruner's Robust-Norm scoring; Wanda's weight norm turned around). */
 enum criterion {
-    CRITERION_ACT,   /* nothing */
-    CRITERION_NORM,  /* norm of the channel's weight column */
-    CRITERION_AMBER, /* Robust-Norm; outlying weights count as nothing */
+    CRITERION_ACT,    /* nothing */
+    CRITERION_NORM,   /* norm of the channel's weight column */
+    CRITERION_AMBER,  /* Robust-Norm; outlying weights count as nothing */
     CRITERION_AMBER_B /* Robust-Norm; outlying weights only leave mean and variance */
 };
 

@@ -4,8 +4,8 @@
 #include <math.h>
 #include <string.h>
 
-/* Rows are dealt in a fixed number of chunks with an accumulator each, added up in order: the result
- * is the same for every thread count. */
+/* Rows are dealt in a fixed number of chunks with an accumulator each, added up in order: the
+ * result is the same for every thread count. */
 #define CHUNKS 16
 #define BINS   65536
 
@@ -20,11 +20,11 @@ struct scan {
     float *rows; /* [threads, n_in] */
     void (*visit)(const struct scan *s, int chunk, const float *row);
 
-    uint32_t *hist;   /* [CHUNKS, bins] */
-    int n_prefix;     /* second level: the upper halves that are counted */
+    uint32_t *hist; /* [CHUNKS, bins] */
+    int n_prefix;   /* second level: the upper halves that are counted */
     uint32_t prefix[4];
-    float low, high;  /* percentiles */
-    bool all;         /* moments over all entries, not only those within the percentiles */
+    float low, high; /* percentiles */
+    bool all;        /* moments over all entries, not only those within the percentiles */
     struct moments m;
 };
 
@@ -97,8 +97,8 @@ static uint32_t find_bin(const uint64_t *total, uint64_t *rank) {
     return bin;
 }
 
-/* Exact percentiles low and high with linear interpolation between neighbours, by counting: the upper
- * 16 bits of the keys first, then the lower 16 of the bins that matter. */
+/* Exact percentiles low and high with linear interpolation between neighbours, by counting: the
+ * upper 16 bits of the keys first, then the lower 16 of the bins that matter. */
 static void find_percentiles(struct scan *s, struct amber_pool *pool, uint64_t *total, double low,
                              double high) {
     const double at[2] = {low, high};
@@ -124,7 +124,8 @@ static void find_percentiles(struct scan *s, struct amber_pool *pool, uint64_t *
         value[i] = key_value(s->prefix[i] << 16 | find_bin(total + i * BINS, &rank[i]));
     for (int i = 0; i < 2; i++) {
         double position = at[i] * (double)(n - 1), part = position - floor(position);
-        *(i ? &s->high : &s->low) = (float)(value[2 * i] + part * (value[2 * i + 1] - value[2 * i]));
+        *(i ? &s->high : &s->low) =
+            (float)(value[2 * i] + part * (value[2 * i + 1] - value[2 * i]));
     }
 }
 

@@ -30,17 +30,24 @@ static bool each_input(struct activation *in, bool floats, int64_t rows, int64_t
            each(user, (void **)&in->a8.sum, i32 * rows, false);
 }
 
-static bool each_buffer(const struct shape *s, bool floats, int n_inputs, int threads,
-                        size_t attn_scratch, struct amber_session *session, buffer_fn each,
-                        void *user) {
+static bool each_buffer(const struct shape *s, bool floats, const struct plan *plan, int threads,
+                        const struct amber_kernels *kernels, struct amber_session *session,
+                        buffer_fn each, void *user) {
     struct batch *b = &session->batch;
     const int64_t f32 = sizeof(float), rows = b->n_batch, wide = widest_input(s);
     const int64_t q = (int64_t)s->n_head * s->head_dim, kv = (int64_t)s->n_head_kv * s->head_dim;
     b->kv_f32 = floats;
     b->row_scratch_bytes = amber_round_up(5 * f32 * wide, 64) +
                            amber_round_up((int64_t)amber_prune_scratch((int)wide), 64);
+    const int n_inputs = plan_inputs(plan), n_lists = floats ? 0 : plan_lists(plan, kernels);
     for (int i = 0; i < n_inputs; i++)
         if (!each_input(&b->in[i], floats, rows, wide, each, user)) return false;
+    /* A first row that stands alone takes a pair for itself. */
+    const int64_t pairs = rows / 2 + 1;
+    for (int i = 0; i < n_lists; i++) {
+        int64_t stride = amber_nm_stride((int)amber_round_up(wide, AMBER_K_ALIGN));
+        if (!each(user, (void **)&b->lists[i], pairs * stride, false)) return false;
+    }
     b->kv_layer_bytes = amber_round_up(kv * b->n_ctx * (floats ? 4 : 2), 64);
     return each(user, (void **)&b->kv, 2 * b->kv_layer_bytes * s->n_layer, true) &&
            each(user, (void **)&session->tokens, (int64_t)sizeof(int32_t) * b->n_ctx, false) &&
@@ -55,7 +62,8 @@ static bool each_buffer(const struct shape *s, bool floats, int n_inputs, int th
            each(user, (void **)&b->cos, f32 * rows * (s->n_rot / 2), false) &&
            each(user, (void **)&b->sin, f32 * rows * (s->n_rot / 2), false) &&
            each(user, (void **)&b->row_scratch, b->row_scratch_bytes * threads, false) &&
-           each(user, (void **)&b->attn_scratch, (int64_t)attn_scratch * threads, false);
+           each(user, (void **)&b->attn_scratch, (int64_t)kernels->attention_scratch * threads,
+                false);
 }
 
 static bool count_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
@@ -65,7 +73,7 @@ static bool count_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     return true;
 }
 
-#define MAX_BUFFERS (14 + 4 * MAX_INPUTS)
+#define MAX_BUFFERS (14 + 5 * MAX_INPUTS)
 
 static bool make_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     struct amber_session *session = user;
@@ -90,12 +98,13 @@ static amber_status set_sizes(const struct shape *s, int n_ctx, int n_batch, str
 
 /* What a session would take: for amber_memory_estimate. */
 amber_status session_estimate(const struct shape *s, bool floats, const struct plan *plan,
-                              int threads, size_t attn_scratch, int n_ctx, int n_batch,
-                              int64_t *kv_bytes, int64_t *scratch_bytes, amber_error *err) {
+                              int threads, const struct amber_kernels *kernels, int n_ctx,
+                              int n_batch, int64_t *kv_bytes, int64_t *scratch_bytes,
+                              amber_error *err) {
     struct amber_session session = {0};
     amber_status status = set_sizes(s, n_ctx, n_batch, &session.batch, err);
     if (status != AMBER_OK) return status;
-    each_buffer(s, floats, plan_inputs(plan), threads, attn_scratch, &session, count_buffer, &session);
+    each_buffer(s, floats, plan, threads, kernels, &session, count_buffer, &session);
     *kv_bytes = session.kv_bytes;
     *scratch_bytes = session.scratch_bytes;
     return AMBER_OK;
@@ -145,15 +154,14 @@ amber_status amber_session_new(amber_engine *engine, const amber_session_options
         amber_session_free(session);
         return status;
     }
-    if (!each_buffer(&model->shape, model->float_weights, plan_inputs(&model->plan),
-                     amber_pool_threads(b->pool), b->kernels->attention_scratch, session, make_buffer,
-                     session)) {
+    if (!each_buffer(&model->shape, model->float_weights, &model->plan, amber_pool_threads(b->pool),
+                     b->kernels, session, make_buffer, session)) {
         int n_ctx = b->n_ctx;
         double held = (double)(session->kv_bytes + session->scratch_bytes) / 1e6;
         int64_t kv = 0, scratch = 0;
         session_estimate(&model->shape, model->float_weights, &model->plan,
-                         amber_pool_threads(b->pool), b->kernels->attention_scratch, o.n_ctx, o.n_batch,
-                         &kv, &scratch, NULL);
+                         amber_pool_threads(b->pool), b->kernels, o.n_ctx, o.n_batch, &kv,
+                         &scratch, NULL);
         amber_session_free(session);
         return amber_fail(err, AMBER_ERR_MEMORY,
                           "session: a context of %d tokens needs %.1f MB, got %.1f MB (use a smaller "

@@ -24,6 +24,8 @@ struct activation {
     struct amber_a8 a8;      /* rows of the current batch */
     float *shift;            /* [rows] what the rule took off; a8.shift points here where it does */
     float *f32;              /* [rows, n] */
+    struct amber_nm nm;      /* keep > 0: rows from listed_from on are also in lists */
+    int listed_from;
 };
 
 /* Projections that share an input need at most one dense and three differently pruned copies. */
@@ -45,7 +47,8 @@ struct batch {
     float *gate, *up;   /* [rows, n_ff] */
     float *cos, *sin;   /* [rows, n_rot / 2] */
     struct activation in[MAX_INPUTS];
-    int n_in, n_inputs;    /* row length and number of inputs in use */
+    uint8_t *lists[MAX_INPUTS]; /* [pairs of rows, amber_nm_stride] for inputs that need them */
+    int n_in, n_inputs;         /* row length and number of inputs in use */
     uint8_t *row_scratch;  /* [threads, row_scratch_bytes] */
     int64_t row_scratch_bytes;
     uint8_t *attn_scratch; /* [threads, kernels->attention_scratch] */
@@ -84,8 +87,8 @@ struct amber_session {
 
 /* Bytes of a session's cache and buffers; n_ctx and n_batch as in amber_session_options. */
 amber_status session_estimate(const struct shape *s, bool floats, const struct plan *plan,
-                              int threads, size_t attn_scratch, int n_ctx, int n_batch,
-                              int64_t *kv_bytes, int64_t *scratch_bytes, amber_error *err);
+                              int threads, const struct amber_kernels *kernels, int n_ctx,
+                              int n_batch, int64_t *kv_bytes, int64_t *scratch_bytes, amber_error *err);
 
 /* ---- forward.c ---- */
 
@@ -95,8 +98,10 @@ amber_status session_estimate(const struct shape *s, bool floats, const struct p
 amber_status forward(struct batch *b, const int32_t *tokens, int rows, int pos0, int first_out,
                      float *logits);
 
-/* Most inputs that any group of projections of this plan needs at once. */
+/* Most inputs that any group of projections of this plan needs at once, and how many of them are
+ * read from lists. */
 int plan_inputs(const struct plan *plan);
+int plan_lists(const struct plan *plan, const struct amber_kernels *kernels);
 
 /* ---- ops.c: every function is one step over all rows of the batch ---- */
 

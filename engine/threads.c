@@ -55,7 +55,8 @@ static unsigned wait_for_work(struct amber_pool *pool, unsigned seen) {
     pthread_mutex_lock(&pool->lock);
     atomic_fetch_add(&pool->parked, 1);
     unsigned now;
-    while ((now = atomic_load(&pool->generation)) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
+    while ((now = atomic_load(&pool->generation)) == seen)
+        pthread_cond_wait(&pool->wake, &pool->lock);
     atomic_fetch_sub(&pool->parked, 1);
     pthread_mutex_unlock(&pool->lock);
     return now;
@@ -122,7 +123,9 @@ void amber_pool_free(struct amber_pool *pool) {
     free(pool);
 }
 
-int amber_pool_threads(const struct amber_pool *pool) { return pool->n_threads; }
+int amber_pool_threads(const struct amber_pool *pool) {
+    return pool->n_threads;
+}
 
 void amber_pool_run(struct amber_pool *pool, amber_work_fn work, void *ctx) {
     if (pool->n_threads == 1) {
@@ -166,7 +169,8 @@ int amber_physical_cores(void) {
         if (!CPU_ISSET(cpu, &allowed)) continue;
         if (!CPU_ISSET(cpu, &seen)) cores++;
         char path[96];
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list",
+                 cpu);
         FILE *f = fopen(path, "r");
         if (!f) continue;
         int a, b;
@@ -182,5 +186,7 @@ int amber_physical_cores(void) {
     return amber_max(1, amber_min(cores, cgroup_cpus()));
 }
 #else
-int amber_physical_cores(void) { return amber_max(1, (int)sysconf(_SC_NPROCESSORS_ONLN)); }
+int amber_physical_cores(void) {
+    return amber_max(1, (int)sysconf(_SC_NPROCESSORS_ONLN));
+}
 #endif

@@ -10,13 +10,14 @@
  * weights are loaded once for both. Then come the others, one of each row at a time. Rows that share
  * their mask (N:16x4t2) have no others; a lone row's partner is all zeros and shares its mask.
  *
- *     pair   window 0, window 1, ..., 64 bytes of slack, uint8 common[windows]
- *     window xa[e] int32, xb[e] int32, oa[e] uint16, ob[e] uint16
+ *     pair    window 0, window 1, ..., 64 bytes of slack, uint8 common[windows]
+ *     window  xa[64] int32, xb[64] int32, oa[64] uint16, ob[64] uint16
  *
- * e = keep * (groups of 16 quads in the window: 4, fewer at the end of the row). xa[i] is a quad of
- * the pair's first row (4 int8 in memory order), oa[i] its place in the window: 64 * quad, which is
- * also the offset in bytes of the weights it meets from where the window starts in a panel. xb, ob:
- * the second row's. For i < common both offsets are equal and only oa is set. */
+ * of which the first keep * (groups in the window: 4, fewer at the end of the row) entries count; the
+ * places are fixed so that one register addresses all four arrays. xa[i] is a quad of the pair's
+ * first row (4 int8 in memory order), oa[i] its place in the window: 64 * quad, which is also the
+ * offset in bytes of the weights it meets from where the window starts in a panel. xb, ob: the second
+ * row's. For i < common both offsets are equal and only oa is set. */
 #ifndef AMBER_SPARSE_GEMM_H
 #define AMBER_SPARSE_GEMM_H
 
@@ -25,14 +26,18 @@
 struct amber_a8;
 struct amber_gemm_w8a8;
 
-#define AMBER_NM_GROUP  64                   /* channels of a group */
-#define AMBER_NM_WINDOW 256                  /* channels of a window */
-#define AMBER_NM_ENTRY  12                   /* bytes of a list entry */
-#define AMBER_NM_SLACK  64                   /* vector stores may run over the last entry */
+#define AMBER_NM_GROUP  64  /* channels of a group */
+#define AMBER_NM_WINDOW 256 /* channels of a window */
+#define AMBER_NM_SLACK  64  /* bytes: vector stores may run over the last window */
+
+struct amber_nm_window {
+    int32_t xa[64], xb[64];
+    uint16_t oa[64], ob[64];
+};
 
 struct amber_nm {
     uint8_t *lists; /* [pairs, stride], 64-byte aligned */
-    int64_t stride; /* bytes: amber_nm_stride(keep, k_pad) */
+    int64_t stride; /* bytes: amber_nm_stride(k_pad) */
     int keep;       /* quads listed of every 16: 1..16 */
     int first;      /* 1: the first row stands alone, and pair 0 holds nothing else */
 };
@@ -46,16 +51,13 @@ static inline int amber_nm_keep(const struct amber_pattern *p) {
 static inline int amber_nm_windows(int k_pad) {
     return (k_pad + AMBER_NM_WINDOW - 1) / AMBER_NM_WINDOW;
 }
-static inline int64_t amber_nm_entries(int keep, int k_pad) {
-    return (int64_t)k_pad / AMBER_NM_GROUP * keep;
-}
 /* Where a pair's common counts start. */
-static inline int64_t amber_nm_counts(int keep, int k_pad) {
-    return amber_nm_entries(keep, k_pad) * AMBER_NM_ENTRY + AMBER_NM_SLACK;
+static inline int64_t amber_nm_counts(int k_pad) {
+    return amber_nm_windows(k_pad) * (int64_t)sizeof(struct amber_nm_window) + AMBER_NM_SLACK;
 }
 /* An odd number of cache lines, so that the pairs' windows spread over the L1 sets. */
-static inline int64_t amber_nm_stride(int keep, int k_pad) {
-    int64_t bytes = amber_nm_counts(keep, k_pad) + amber_nm_windows(k_pad);
+static inline int64_t amber_nm_stride(int k_pad) {
+    int64_t bytes = amber_nm_counts(k_pad) + amber_nm_windows(k_pad);
     return ((bytes + 63) / 64 | 1) * 64;
 }
 static inline int amber_nm_pairs(int rows, int first) {

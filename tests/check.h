@@ -28,7 +28,8 @@ static inline int check_record(int ok, const char *file, int line, const char *w
 
 #define CHECK_STR(text, part)                                                                      \
     do {                                                                                           \
-        if (!check_record(strstr((text), (part)) != NULL, __FILE__, __LINE__, #text " has " #part)) \
+        if (!check_record(strstr((text), (part)) != NULL, __FILE__, __LINE__,                      \
+                          #text " has " #part))                                                    \
             fprintf(stderr, "    \"%s\" lacks \"%s\"\n", (text), (part));                          \
     } while (0)
 

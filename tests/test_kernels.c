@@ -11,6 +11,8 @@
 #include <float.h>
 #include <math.h>
 #include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #define MAX_COLUMNS 8
 static struct amber_kernels columns[MAX_COLUMNS], ref;
@@ -35,35 +37,47 @@ static float uniform(void) {
 enum { GUARD = 256, MARK = 0xa5 };
 
 struct buffer {
-    uint8_t *base;
-    size_t bytes;
-    void *p; /* 64-byte aligned */
+    uint8_t *base, *p;    /* p: 64-byte aligned */
+    size_t bytes, mapped; /* mapped: including the closed page */
 };
 
 static struct buffer buffers[64];
 static int n_buffers;
 
-/* `bytes` of memory with marks before the first and from the byte behind the last one on. */
+/* `bytes` of memory with marks before the first and behind the last one. Where the size allows it
+ * the last byte is followed by a page that may not be touched, so that reading too far shows, too.
+ */
 static void *guarded(size_t bytes) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
     struct buffer *b = &buffers[n_buffers++];
+    bool flush = bytes % 64 == 0;
+    size_t used = (GUARD + (bytes + 63) / 64 * 64 + (flush ? 0 : GUARD) + page - 1) / page * page;
     b->bytes = bytes;
-    b->base = aligned_alloc(64, (bytes + 2 * GUARD + 63) / 64 * 64);
-    b->p = b->base + GUARD;
-    memset(b->base, MARK, GUARD + bytes + GUARD);
+    b->mapped = used + page;
+    b->base = mmap(NULL, b->mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (b->base == MAP_FAILED) abort();
+    memset(b->base, MARK, used);
+    if (flush) mprotect(b->base + used, page, PROT_NONE);
+    b->p = flush ? b->base + used - bytes : b->base + GUARD;
     return b->p;
 }
 
 static bool guards_intact(void) {
-    for (int i = 0; i < n_buffers; i++)
+    for (int i = 0; i < n_buffers; i++) {
+        const struct buffer *b = &buffers[i];
         for (int j = 0; j < GUARD; j++)
-            if (buffers[i].base[j] != MARK || buffers[i].base[GUARD + buffers[i].bytes + j] != MARK)
+            if (b->p[j - GUARD] != MARK || (b->bytes % 64 && b->p[b->bytes + (size_t)j] != MARK))
                 return false;
+    }
     return true;
 }
 
 static void release(void) {
     CHECK(guards_intact());
-    while (n_buffers > 0) free(buffers[--n_buffers].base);
+    while (n_buffers > 0) {
+        n_buffers--;
+        munmap(buffers[n_buffers].base, buffers[n_buffers].mapped);
+    }
 }
 
 static float *uniforms(int64_t n) {

@@ -1,5 +1,6 @@
-/* test_session.c: a session's promises on a small random model: results do not depend on how a prompt
- * was cut, cached, rewound or threaded; bad calls are refused; cancelling leaves a usable prefix. */
+/* test_session.c: a session's promises on a small random model: results do not depend on how a
+ * prompt was cut, cached, rewound or threaded; bad calls are refused; cancelling leaves a usable
+ * prefix. */
 #include "amber.h"
 #include "check.h"
 #include "tiny_gguf.h"
@@ -18,7 +19,8 @@ static amber_engine *open_engine(int threads, int precision) {
     o.precision = precision;
     amber_engine *engine = NULL;
     amber_error err = {0};
-    if (!CHECK(amber_engine_open(path, &o, &engine, &err) == AMBER_OK)) fprintf(stderr, "%s\n", err.msg);
+    if (!CHECK(amber_engine_open(path, &o, &engine, &err) == AMBER_OK))
+        fprintf(stderr, "%s\n", err.msg);
     return engine;
 }
 
@@ -129,7 +131,8 @@ static void test_cancel(void) {
         amber_session *s = NULL;
         amber_error err = {0};
         CHECK_EQ(amber_session_new(engine, &o, &s, &err), AMBER_OK);
-        CHECK_EQ(amber_session_sync(s, prompt, N_PROMPT, &err), stop_at <= 15 ? AMBER_ERR_CANCELLED : 0);
+        CHECK_EQ(amber_session_sync(s, prompt, N_PROMPT, &err),
+                 stop_at <= 15 ? AMBER_ERR_CANCELLED : 0);
         CHECK(c.monotone);
         if (stop_at <= 15) {
             CHECK_EQ(err.code, AMBER_ERR_CANCELLED);

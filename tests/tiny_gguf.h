@@ -1,4 +1,5 @@
-/* tiny_gguf.h: writes a small random model as a GGUF v3 file, for tests that need a whole engine. */
+/* tiny_gguf.h: writes a small random model as a GGUF v3 file, for tests that need a whole engine.
+ */
 #ifndef AMBER_TINY_GGUF_H
 #define AMBER_TINY_GGUF_H
 
@@ -17,9 +18,15 @@ struct tiny {
     int n_tensors;
 };
 
-static inline void tiny_put(struct tiny *t, const void *p, size_t n) { fwrite(p, 1, n, t->f); }
-static inline void tiny_u32(struct tiny *t, uint32_t v) { tiny_put(t, &v, 4); }
-static inline void tiny_u64(struct tiny *t, uint64_t v) { tiny_put(t, &v, 8); }
+static inline void tiny_put(struct tiny *t, const void *p, size_t n) {
+    fwrite(p, 1, n, t->f);
+}
+static inline void tiny_u32(struct tiny *t, uint32_t v) {
+    tiny_put(t, &v, 4);
+}
+static inline void tiny_u64(struct tiny *t, uint64_t v) {
+    tiny_put(t, &v, 8);
+}
 static inline void tiny_str(struct tiny *t, const char *s) {
     tiny_u64(t, strlen(s));
     tiny_put(t, s, strlen(s));
@@ -65,7 +72,14 @@ static inline void tiny_tensor(struct tiny *t, const char *name, int rows, int c
     t->tensors[t->n_tensors++].cols = cols;
 }
 
-enum { TINY_VOCAB = 300, TINY_EMBD = 48, TINY_HEADS = 6, TINY_KV = 2, TINY_FF = 88, TINY_LAYERS = 3 };
+enum {
+    TINY_VOCAB = 300,
+    TINY_EMBD = 48,
+    TINY_HEADS = 6,
+    TINY_KV = 2,
+    TINY_FF = 88,
+    TINY_LAYERS = 3
+};
 
 /* Returns 0 on success. Vocabulary: <unk> <s> </s>, 256 bytes, letters. */
 static inline int tiny_write(const char *path, uint64_t seed) {
@@ -110,14 +124,10 @@ static inline int tiny_write(const char *path, uint64_t seed) {
     const struct {
         const char *name;
         int rows, cols;
-    } layer[] = {{"attn_norm", 0, TINY_EMBD},
-                 {"attn_q", TINY_EMBD, TINY_EMBD},
-                 {"attn_k", TINY_KV * head, TINY_EMBD},
-                 {"attn_v", TINY_KV * head, TINY_EMBD},
-                 {"attn_output", TINY_EMBD, TINY_EMBD},
-                 {"ffn_norm", 0, TINY_EMBD},
-                 {"ffn_gate", TINY_FF, TINY_EMBD},
-                 {"ffn_up", TINY_FF, TINY_EMBD},
+    } layer[] = {{"attn_norm", 0, TINY_EMBD},           {"attn_q", TINY_EMBD, TINY_EMBD},
+                 {"attn_k", TINY_KV * head, TINY_EMBD}, {"attn_v", TINY_KV * head, TINY_EMBD},
+                 {"attn_output", TINY_EMBD, TINY_EMBD}, {"ffn_norm", 0, TINY_EMBD},
+                 {"ffn_gate", TINY_FF, TINY_EMBD},      {"ffn_up", TINY_FF, TINY_EMBD},
                  {"ffn_down", TINY_EMBD, TINY_FF}};
     tiny_tensor(&t, "token_embd.weight", TINY_VOCAB, TINY_EMBD);
     tiny_tensor(&t, "output_norm.weight", 0, TINY_EMBD);

@@ -109,7 +109,7 @@ static void compare(const struct amber_kernels *k, int n_out, int n_in, int rows
         c->a.sum = block_of(sizeof(int32_t) * (size_t)rows);
         c->y = block_of(sizeof(float) * (size_t)rows * (size_t)n_out);
         c->nm.keep = amber_nm_keep(&c->p);
-        c->nm.stride = amber_nm_stride(c->nm.keep, n_in);
+        c->nm.stride = amber_nm_stride(n_in);
         c->nm.lists = block_of((size_t)((rows + 1) / 2 * c->nm.stride));
     }
     for (int t = 0; t < repeats; t++) {

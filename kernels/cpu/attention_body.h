@@ -66,27 +66,25 @@ static inline __attribute__((always_inline)) void
 product(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int n,
         const float *factor, const char *ahead, const int rows, const int vectors) {
     vf acc[TILE_Q][TILE_VECTORS];
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++)
-            acc[r][v] = factor ? v_mul(v_load(c + r * ldc + v * VL), v_set1(factor[r])) : v_set1(0);
+    UNROLL
+    for (int r = 0; r < rows; r++) UNROLL
+    for (int v = 0; v < vectors; v++)
+        acc[r][v] = factor ? v_mul(v_load(c + r * ldc + v * VL), v_set1(factor[r])) : v_set1(0);
     for (int k = 0; k < n; k++, a++, b += ldb) {
         vf bv[TILE_VECTORS];
         v_prefetch(ahead + k * AHEAD_STEP);
-#pragma GCC unroll 4
+        UNROLL
         for (int v = 0; v < vectors; v++) bv[v] = v_load(b + v * VL);
-#pragma GCC unroll 6
+        UNROLL
         for (int r = 0; r < rows; r++) {
             vf av = v_set1(a[r * lda]);
-#pragma GCC unroll 4
+            UNROLL
             for (int v = 0; v < vectors; v++) acc[r][v] = v_fma(av, bv[v], acc[r][v]);
         }
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) v_store(c + r * ldc + v * VL, acc[r][v]);
+    UNROLL
+    for (int r = 0; r < rows; r++) UNROLL
+    for (int v = 0; v < vectors; v++) v_store(c + r * ldc + v * VL, acc[r][v]);
 }
 
 #define PRODUCT(rows, vectors)                                                                     \
@@ -143,7 +141,7 @@ static inline __attribute__((always_inline)) void load_keys_tile(const struct am
     const int d = a->head_dim, width = d - i < VL ? d - i : VL;
     const size_t cell = f32 ? 4 : 2;
     vf r[VL];
-#pragma GCC unroll 16
+    UNROLL
     for (int l = 0; l < VL; l++) {
         int64_t at = (first + l) * d + i;
         if (i % 32 == 0) v_prefetch((const char *)a->v + (at + KEYS * d) * cell);
@@ -151,7 +149,7 @@ static inline __attribute__((always_inline)) void load_keys_tile(const struct am
     }
     v_transpose(r);
     if (whole) {
-#pragma GCC unroll 16
+        UNROLL
         for (int l = 0; l < VL; l++) v_store(to + l * KEYS, r[l]);
     } else {
         for (int l = 0; l < width; l++) v_store(to + l * KEYS, r[l]);

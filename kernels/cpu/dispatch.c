@@ -49,6 +49,8 @@ static bool kernels_avx512vnni(struct amber_kernels *k) {
     k->gemm_w8a8 = amber_gemm_w8a8_avx512vnni;
     k->pack_nm = amber_pack_nm_avx512vnni;
     k->gemm_nm = amber_gemm_nm_avx512vnni;
+    k->nm_most[0] = 12;
+    k->nm_most[1] = 13;
     return true;
 }
 

@@ -4,14 +4,16 @@
  *     dot(acc, w, x)  acc[lane] += the dot product of 4 weights (w + 128) and 4 activations
  *     GEMM            the function's name
  * A tile is ROWS rows x 1 panel over all inputs. The panel is one forward stream, short enough to
- * come from L2 (and L1 up to 2048 inputs) for every row tile after the first. */
+ * come from L2 (and L1 up to 2048 inputs) for every row tile after the first; these fetch the next
+ * panel meanwhile. */
+#include "unroll.h"
+
 #include <immintrin.h>
 #include <string.h>
 
 enum {
-    SWEEP_BYTES = 1
-        << 19,   /* activations that are passed over per sweep of the weights: half an L2 */
-    AHEAD = 2048 /* bytes: about 100 ns of prefetch when weights come from memory */
+    SWEEP_BYTES = 1 << 19, /* activations passed over per sweep of the weights: half an L2 */
+    AHEAD = 2048           /* bytes: about 100 ns of prefetch when weights come from memory */
 };
 
 static inline __m256i existing(int left) {
@@ -39,19 +41,19 @@ static inline void finish(const struct amber_gemm_w8a8 *g, int row, int o, __m25
 
 static inline __attribute__((always_inline)) void tile_of(const struct amber_gemm_w8a8 *g,
                                                           int panel, int row, int32_t *sums,
-                                                          const int rows, const bool stream) {
+                                                          int64_t ahead, const int rows) {
     const int64_t stride = g->a.stride;
     const int groups = g->w.k_pad / 4;
     const uint8_t *w = g->w.q + (int64_t)panel * AMBER_PANEL * g->w.k_pad;
     const int8_t *x = g->a.q + row * stride;
     __m256i acc[ROWS][2];
-#pragma GCC unroll 6
+    UNROLL
     for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = START(g->a.sum[row + r]);
     for (int i = 0; i < groups; i++) {
         __m256i w0 = _mm256_load_si256((const __m256i *)w);
         __m256i w1 = _mm256_load_si256((const __m256i *)(w + 32));
-        if (stream) _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
-#pragma GCC unroll 6
+        _mm_prefetch((const char *)w + ahead, _MM_HINT_T1);
+        UNROLL
         for (int r = 0; r < rows; r++) {
             int32_t four;
             memcpy(&four, x + r * stride, 4);
@@ -62,42 +64,39 @@ static inline __attribute__((always_inline)) void tile_of(const struct amber_gem
         w += 64;
         x += 4;
     }
-#pragma GCC unroll 6
+    UNROLL
     for (int r = 0; r < rows; r++) {
         _mm256_store_si256((__m256i *)(sums + r * AMBER_PANEL), acc[r][0]);
         _mm256_store_si256((__m256i *)(sums + r * AMBER_PANEL + 8), acc[r][1]);
     }
 }
 
-#define TILE(rows, stream, name)                                                                   \
-    static __attribute__((noinline)) void name(const struct amber_gemm_w8a8 *g, int panel,         \
-                                               int row, int32_t *sums) {                           \
-        tile_of(g, panel, row, sums, rows, stream);                                                \
+#define TILE(rows)                                                                                 \
+    static __attribute__((noinline)) void tile_##rows(const struct amber_gemm_w8a8 *g, int panel,  \
+                                                      int row, int32_t *sums, int64_t ahead) {     \
+        tile_of(g, panel, row, sums, ahead, rows);                                                 \
     }
-TILE(1, true, tile_1)
-TILE(2, true, tile_2)
-TILE(3, true, tile_3)
-TILE(4, true, tile_4)
+TILE(1)
+TILE(2)
+TILE(3)
+TILE(4)
 #if ROWS > 4
-TILE(5, true, tile_5)
-TILE(6, true, tile_6)
+TILE(5)
+TILE(6)
 #endif
-TILE(ROWS, false, tile_resident)
 
-static void (*const tile_fns[ROWS])(const struct amber_gemm_w8a8 *, int, int, int32_t *) = {
+static void (*const tile_fns[ROWS])(const struct amber_gemm_w8a8 *, int, int, int32_t *,
+                                    int64_t) = {
     tile_1, tile_2, tile_3, tile_4,
 #if ROWS > 4
     tile_5, tile_6,
 #endif
 };
 
-static void tile(const struct amber_gemm_w8a8 *g, int panel, int row, int rows, bool stream) {
+/* ahead: from the weights in use to those to fetch to L2, bytes. */
+static void tile(const struct amber_gemm_w8a8 *g, int panel, int row, int rows, int64_t ahead) {
     _Alignas(32) int32_t sums[ROWS * AMBER_PANEL];
-    if (rows == ROWS && !stream) {
-        tile_resident(g, panel, row, sums);
-    } else {
-        tile_fns[rows - 1](g, panel, row, sums);
-    }
+    tile_fns[rows - 1](g, panel, row, sums, ahead);
     for (int h = 0; h < 2; h++) {
         int o = panel * AMBER_PANEL + 8 * h;
         if (o >= g->w.n_out) break;
@@ -113,7 +112,7 @@ static void one_row(const struct amber_gemm_w8a8 *g, int panel) {
     for (int j = 0; j < 4; j++)
         acc[j][0] = acc[j][1] = j ? _mm256_setzero_si256() : START(g->a.sum[0]);
     for (int k = 0; k < g->w.k_pad; k += 16) {
-#pragma GCC unroll 4
+        UNROLL
         for (int j = 0; j < 4; j++, w += 64) {
             int32_t four;
             memcpy(&four, g->a.q + k + 4 * j, 4);
@@ -138,14 +137,16 @@ void GEMM(const struct amber_gemm_w8a8 *g, int panel0, int panel1) {
     for (int sweep0 = 0; sweep0 < rows; sweep0 += sweep) {
         int sweep1 = rows - sweep0 < sweep ? rows : sweep0 + sweep;
         /* Equal tiles: 8 rows are 4 + 4, as few sums would wait for each other in 6 + 2. */
-        int tiles = (sweep1 - sweep0 + ROWS - 1) / ROWS, step = (sweep1 - sweep0 + tiles - 1) / tiles;
+        int tiles = (sweep1 - sweep0 + ROWS - 1) / ROWS,
+            step = (sweep1 - sweep0 + tiles - 1) / tiles;
         for (int panel = panel0; panel < panel1; panel++) {
             if (rows == 1) {
                 one_row(g, panel);
                 continue;
             }
             for (int row = sweep0; row < sweep1; row += step)
-                tile(g, panel, row, sweep1 - row < step ? sweep1 - row : step, row == sweep0);
+                tile(g, panel, row, sweep1 - row < step ? sweep1 - row : step,
+                     row == sweep0 ? AHEAD : (int64_t)g->w.k_pad * AMBER_PANEL);
         }
     }
 }

@@ -7,6 +7,7 @@
  * in a buffer on the stack. */
 #if defined(__x86_64__)
 #include "columns.h"
+#include "unroll.h"
 
 #include <immintrin.h>
 #include <string.h>
@@ -27,40 +28,14 @@ enum prefetch { STREAM, TO_L1, TO_L2 };
 /* What a tile needs of the call, and its place. */
 struct tile {
     const struct amber_gemm_w8a8 *g;
-    const uint8_t *w;       /* the first panel at the first input of the block */
-    const int8_t *x;        /* the first row at the first input of the block */
-    const uint8_t *ahead;   /* 64 bytes of it are prefetched per 4 inputs */
-    int32_t *sums;          /* [rows, PANELS, 16], kept between blocks of inputs */
-    int row, panel, gap;    /* gap: from each panel of the tile to the next */
-    int groups;             /* of 4 inputs */
-    bool first, last;       /* block of inputs */
+    const uint8_t *w;     /* the first panel at the first input of the block */
+    const int8_t *x;      /* the first row at the first input of the block */
+    const uint8_t *ahead; /* 64 bytes of it are prefetched per 4 inputs */
+    int32_t *sums;        /* [rows, PANELS, 16], kept between blocks of inputs */
+    int row, panel, gap;  /* gap: from each panel of the tile to the next */
+    int groups;           /* of 4 inputs */
+    bool first, last;     /* block of inputs */
 };
-
-/* What the results of a panel have in common. */
-struct outputs {
-    __mmask16 exist;
-    __m512 scale, sum, bias;
-};
-
-static inline struct outputs outputs_of(const struct amber_gemm_w8a8 *g, int panel) {
-    const int o = panel * AMBER_PANEL, left = g->w.n_out - o;
-    struct outputs u = {.exist = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1)};
-    u.scale = _mm512_loadu_ps(g->w.scale + o);
-    u.sum = g->a.shift ? _mm512_loadu_ps(g->w.sum + o) : _mm512_setzero_ps();
-    u.bias = g->w.bias ? _mm512_loadu_ps(g->w.bias + o) : _mm512_setzero_ps();
-    return u;
-}
-
-static inline void finish(const struct amber_gemm_w8a8 *g, const struct outputs *u, int row,
-                          int panel, __m512i acc) {
-    float *y = g->y + row * g->ldy + panel * AMBER_PANEL;
-    __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc),
-                             _mm512_mul_ps(_mm512_set1_ps(g->a.scale[row]), u->scale));
-    if (g->a.shift) v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_set1_ps(g->a.shift[row]), u->sum));
-    if (g->w.bias) v = _mm512_add_ps(v, u->bias);
-    if (g->add) v = _mm512_add_ps(_mm512_maskz_loadu_ps(u->exist, y), v);
-    _mm512_mask_storeu_ps(y, u->exist, v);
-}
 
 /* The tile with constant sizes. The accumulators must be local to the function that loops: as an
  * array reference in a helper gcc 12 spills them. */
@@ -71,22 +46,23 @@ tile_of(const struct tile *t, const int rows, const int panels, const enum prefe
     const uint8_t *w = t->w, *ahead = t->ahead;
     const int8_t *x = t->x;
     __m512i acc[ROWS][PANELS];
-#pragma GCC unroll 6
+    UNROLL
     for (int r = 0; r < rows; r++) {
         /* The weights are stored as w + 128: take 128 * sum(x) off. */
         __m512i start = _mm512_set1_epi32(-128 * g->a.sum[t->row + r]);
-#pragma GCC unroll 4
+        UNROLL
         for (int p = 0; p < panels; p++)
             acc[r][p] = t->first ? start : _mm512_load_si512(t->sums + (r * PANELS + p) * 16);
     }
     if (t->last) { /* the results' lines arrive while the sums grow */
         for (int r = 0; r < rows; r++)
             for (int p = 0; p < panels; p++)
-                __builtin_prefetch(g->y + (t->row + r) * g->ldy + (t->panel + p * t->gap) * AMBER_PANEL, 1);
+                __builtin_prefetch(
+                    g->y + (t->row + r) * g->ldy + (t->panel + p * t->gap) * AMBER_PANEL, 1);
     }
     for (int i = 0; i < t->groups; i++) {
         __m512i wv[PANELS];
-#pragma GCC unroll 4
+        UNROLL
         for (int p = 0; p < panels; p++) {
             wv[p] = _mm512_load_si512(w + p * panel_bytes);
             if (prefetch == STREAM)
@@ -95,31 +71,23 @@ tile_of(const struct tile *t, const int rows, const int panels, const enum prefe
         if (prefetch == TO_L1) _mm_prefetch((const char *)ahead, _MM_HINT_T0);
         if (prefetch == TO_L2) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
         ahead += 64;
-#pragma GCC unroll 6
+        UNROLL
         for (int r = 0; r < rows; r++) {
             int32_t four;
             memcpy(&four, x + r * stride, 4);
             __m512i xv = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
+            UNROLL
             for (int p = 0; p < panels; p++) acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], wv[p], xv);
         }
         w += 64;
         x += 4;
     }
-    if (!t->last) {
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-#pragma GCC unroll 4
-            for (int p = 0; p < panels; p++)
-                _mm512_store_si512(t->sums + (r * PANELS + p) * 16, acc[r][p]);
-        }
-        return;
-    }
-#pragma GCC unroll 4
-    for (int p = 0; p < panels; p++) {
-        const struct outputs u = outputs_of(g, t->panel + p * t->gap);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) finish(g, &u, t->row + r, t->panel + p * t->gap, acc[r][p]);
+    /* Always by way of memory: with the results' arithmetic here compilers lose the registers. */
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        UNROLL
+        for (int p = 0; p < panels; p++)
+            _mm512_store_si512(t->sums + (r * PANELS + p) * 16, acc[r][p]);
     }
 }
 
@@ -129,7 +97,10 @@ tile_of(const struct tile *t, const int rows, const int panels, const enum prefe
     }
 #define TILES(rows) TILE(rows, 1) TILE(rows, 2) TILE(rows, 3) TILE(rows, 4)
 TILES(1)
-TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
+TILES(2)
+TILES(3)
+TILES(4)
+TILES(5) TILES(6)
 
     static __attribute__((noinline)) void tile_to_l1(const struct tile *t) {
     tile_of(t, ROWS, PANELS, TO_L1);
@@ -144,18 +115,46 @@ typedef void (*tile_fn)(const struct tile *t);
 static const tile_fn tile_fns[ROWS][PANELS] = {ROW_OF(1), ROW_OF(2), ROW_OF(3),
                                                ROW_OF(4), ROW_OF(5), ROW_OF(6)};
 
+/* The results of a tile whose sums are complete. */
+static void finish(const struct tile *t, int rows, int panels) {
+    const struct amber_gemm_w8a8 *g = t->g;
+    const __m512 none = _mm512_setzero_ps();
+    for (int p = 0; p < panels; p++) {
+        const int o = (t->panel + p * t->gap) * AMBER_PANEL, left = g->w.n_out - o;
+        const __mmask16 exist = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+        const __m512 scale = _mm512_loadu_ps(g->w.scale + o);
+        const __m512 sum = g->a.shift ? _mm512_loadu_ps(g->w.sum + o) : none;
+        const __m512 bias = g->w.bias ? _mm512_loadu_ps(g->w.bias + o) : none;
+        for (int r = 0; r < rows; r++) {
+            float *y = g->y + (t->row + r) * g->ldy + o;
+            const float row_scale = g->a.scale[t->row + r];
+            __m512 v = _mm512_cvtepi32_ps(_mm512_load_si512(t->sums + (r * PANELS + p) * 16));
+            v = _mm512_mul_ps(v, _mm512_mul_ps(_mm512_set1_ps(row_scale), scale));
+            if (g->a.shift)
+                v = _mm512_add_ps(v, _mm512_mul_ps(_mm512_set1_ps(g->a.shift[t->row + r]), sum));
+            if (g->w.bias) v = _mm512_add_ps(v, bias);
+            if (g->add) v = _mm512_add_ps(_mm512_maskz_loadu_ps(exist, y), v);
+            _mm512_mask_storeu_ps(y, exist, v);
+        }
+    }
+}
+
 /* One tile of rows, and so a call that waits for the weights, each of which it reads once. The four
  * panels of a tile are far apart: four forward streams in different pages of memory are read faster
  * than one. */
 static void few_rows(const struct amber_gemm_w8a8 *g, int panel0, int panel1) {
     const int count = panel1 - panel0, quarter = count / PANELS, rest = count % PANELS;
-    struct tile t = {.g = g, .x = g->a.q, .groups = g->w.k_pad / 4, .first = true, .last = true};
+    _Alignas(64) int32_t sums[ROWS * PANELS * 16];
+    struct tile t = {.g = g, .x = g->a.q, .sums = sums, .first = true, .last = true};
+    t.groups = g->w.k_pad / 4;
     t.gap = quarter;
     for (int i = 0; i < quarter + (rest > 0); i++) {
         if (i == quarter) t.gap = 1;
         t.panel = i < quarter ? panel0 + i : panel1 - rest;
         t.w = g->w.q + (int64_t)t.panel * AMBER_PANEL * g->w.k_pad;
-        tile_fns[g->a.rows - 1][(i < quarter ? PANELS : rest) - 1](&t);
+        int panels = i < quarter ? PANELS : rest;
+        tile_fns[g->a.rows - 1][panels - 1](&t);
+        finish(&t, g->a.rows, panels);
     }
 }
 
@@ -189,6 +188,7 @@ static void block(const struct amber_gemm_w8a8 *g, int panel, int panels, int ro
             } else {
                 tile_fns[rows - 1][panels - 1](&t);
             }
+            if (t.last) finish(&t, rows, panels);
         }
     }
 }

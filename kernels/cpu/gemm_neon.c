@@ -3,6 +3,7 @@
  * per vector of weights and spares the correction. 4 rows x 1 panel are 16 sums. */
 #if defined(__aarch64__)
 #include "columns.h"
+#include "unroll.h"
 
 #include <arm_neon.h>
 
@@ -35,8 +36,9 @@ static inline __attribute__((always_inline)) void tile_of(const struct amber_gem
     const int64_t stride = g->a.stride;
     const uint8x16_t flip = vdupq_n_u8(128);
     int32x4_t acc[ROWS][4];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < 4; v++) acc[r][v] = vdupq_n_s32(0);
+    UNROLL
+    for (int r = 0; r < rows; r++) UNROLL
+    for (int v = 0; v < 4; v++) acc[r][v] = vdupq_n_s32(0);
 #define GROUP(group)                                                                               \
     for (int v = 0; v < 4; v++, w += 16) {                                                         \
         int8x16_t wv = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w), flip));                           \

@@ -118,36 +118,34 @@ dot_tile(const struct amber_gemm_f32 *g, int row, int out, const int rows, const
     const int64_t n = g->n_in, ldx = g->ldx;
     float sums[DOT_ROWS][DOT_OUTS];
     vf acc[DOT_ROWS][DOT_OUTS];
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int o = 0; o < outs; o++) acc[r][o] = v_set1(0);
+    UNROLL
+    for (int r = 0; r < rows; r++) UNROLL
+    for (int o = 0; o < outs; o++) acc[r][o] = v_set1(0);
     int64_t k = 0;
     for (; k + VL <= n; k += VL) {
         vf xv[DOT_ROWS];
-#pragma GCC unroll 6
+        UNROLL
         for (int r = 0; r < rows; r++) xv[r] = v_load(x + r * ldx + k);
-#pragma GCC unroll 4
+        UNROLL
         for (int o = 0; o < outs; o++) {
             vf wv = v_load(w + o * n + k);
-#pragma GCC unroll 6
+            UNROLL
             for (int r = 0; r < rows; r++) acc[r][o] = v_fma(xv[r], wv, acc[r][o]);
         }
     }
     if (k < n) {
         int left = (int)(n - k);
-#pragma GCC unroll 4
+        UNROLL
         for (int o = 0; o < outs; o++) {
             vf wv = v_load_n(w + o * n + k, left);
-#pragma GCC unroll 6
+            UNROLL
             for (int r = 0; r < rows; r++)
                 acc[r][o] = v_fma(v_load_n(x + r * ldx + k, left), wv, acc[r][o]);
         }
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int o = 0; o < outs; o++) sums[r][o] = v_sum(acc[r][o]);
+    UNROLL
+    for (int r = 0; r < rows; r++) UNROLL
+    for (int o = 0; o < outs; o++) sums[r][o] = v_sum(acc[r][o]);
     for (int r = 0; r < rows; r++) {
         float *y = g->y + (row + r) * g->ldy + out;
         for (int o = 0; o < outs; o++) {

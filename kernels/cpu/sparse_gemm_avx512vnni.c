@@ -51,15 +51,15 @@ INLINE uint16_t *put_offsets(uint16_t *to, uint32_t mask, __m512i v) {
 }
 
 /* Returns how many entries are common. */
-INLINE int pack_window(uint8_t *chunk, const int8_t *a, const int8_t *b, const int groups,
-                       int keep) {
+INLINE int pack_window(struct amber_nm_window *to, const int8_t *a, const int8_t *b,
+                       const int groups, int keep) {
     const __m512i lanes = _mm512_setr_epi32(0, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704,
                                             768, 832, 896, 960);
     const int64_t entries = groups * keep;
-    int32_t *xa = (int32_t *)(void *)chunk, *xb = xa + entries;
-    uint16_t *oa = (uint16_t *)(void *)(xb + entries), *ob = oa + entries;
-    __m512i va[4], vb[4];
-    struct masks m;
+    int32_t *xa = to->xa, *xb = to->xb;
+    uint16_t *oa = to->oa, *ob = to->ob;
+    __m512i va[4] = {0}, vb[4] = {0};
+    struct masks m = {0};
     int common = 0;
 #pragma GCC unroll 4
     for (int g = 0; g < groups; g++) {
@@ -114,15 +114,14 @@ void amber_pack_nm_avx512vnni(const struct amber_nm *nm, const struct amber_a8 *
     for (int pair = pair0; pair < pair1; pair++) {
         const int8_t *x = a->q + amber_nm_row(nm, pair) * a->stride;
         const int8_t *z = amber_nm_rows(nm, pair, a->rows) == 2 ? x + a->stride : NULL;
-        uint8_t *chunk = nm->lists + pair * nm->stride;
-        uint8_t *counts = chunk + amber_nm_counts(nm->keep, a->k_pad);
+        uint8_t *record = nm->lists + pair * nm->stride;
+        uint8_t *counts = record + amber_nm_counts(a->k_pad);
+        struct amber_nm_window *window = (struct amber_nm_window *)(void *)record;
         int k = 0;
-        for (; k + AMBER_NM_WINDOW <= a->k_pad; k += AMBER_NM_WINDOW) {
-            *counts++ = (uint8_t)pack_window(chunk, x + k, z ? z + k : NULL, 4, nm->keep);
-            chunk += 4 * nm->keep * AMBER_NM_ENTRY;
-        }
+        for (; k + AMBER_NM_WINDOW <= a->k_pad; k += AMBER_NM_WINDOW)
+            *counts++ = (uint8_t)pack_window(window++, x + k, z ? z + k : NULL, 4, nm->keep);
         if (k < a->k_pad)
-            *counts = (uint8_t)pack_window(chunk, x + k, z ? z + k : NULL,
+            *counts = (uint8_t)pack_window(window, x + k, z ? z + k : NULL,
                                            (a->k_pad - k) / AMBER_NM_GROUP, nm->keep);
     }
 }

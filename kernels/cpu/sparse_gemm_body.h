@@ -8,7 +8,8 @@
  *     broadcast(x), sums_load(p), sums_store(p, v), floats(v)
  *
  * A tile is one pair of rows x PANELS panels over one block of inputs. All pairs of a block of rows
- * pass over the weights while these are in L1; their sums wait in between in a buffer on the stack. */
+ * pass over the weights while these are in L1; their sums wait in between in a buffer on the
+ * stack. */
 #include "../sparse_gemm.h"
 
 #include <string.h>
@@ -21,197 +22,188 @@ enum {
     PAIR_BLOCK = 48,
     PAIR_SUMS = 2 * PANELS * AMBER_PANEL,
     PANEL_WINDOW = AMBER_NM_WINDOW * AMBER_PANEL, /* bytes */
-    LISTS_BYTES = 3 << 18       /* lists that are passed over per sweep of the weights */
+    BLOCK_LINES = WINDOWS * PANEL_WINDOW / 64,    /* cache lines of a panel in a block */
+    LISTS_BYTES = 3 << 18 /* lists that are passed over per sweep of the weights */
 };
 
-/* Weights fetched ahead while a tile runs, a line per entry. */
-enum prefetch { NONE, TO_L1, TO_L2 };
-
-struct tile {
+/* What the pairs of a block have in common, for one block of inputs. */
+struct pass {
     const struct amber_gemm_w8a8 *g;
-    const uint8_t *w;      /* the first panel at the first input of the block */
-    const uint8_t *lists;  /* the pair's, at the block */
-    const uint8_t *common; /* the pair's counts, at the block */
-    const uint8_t *ahead;
-    int32_t *sums;         /* [2, VECTORS, VL], kept between blocks */
-    int keep, groups;      /* groups of 16 quads in the block */
-    int row, rows, panel;
-    bool first, last;      /* block of inputs */
+    const struct amber_nm *nm;
+    const uint8_t *w;     /* the first panel at the first input of the block */
+    const uint8_t *ahead; /* weights to fetch meanwhile, panels as far apart as in w; or NULL */
+    int32_t *sums;        /* [pairs, 2, VECTORS, VL], kept between blocks of inputs */
+    int pair0, pair1, panel;
+    int window, groups; /* the first window, groups of 16 quads in the block */
+    bool first, last;   /* block of inputs */
 };
+
+INLINE vf scaled(const struct amber_gemm_w8a8 *g, int row, int o, vi acc) {
+    vf v = v_mul(floats(acc), v_mul(v_set1(g->a.scale[row]), v_load(g->w.scale + o)));
+    if (g->a.shift) v = v_add(v, v_mul(v_set1(g->a.shift[row]), v_load(g->w.sum + o)));
+    return g->w.bias ? v_add(v, v_load(g->w.bias + o)) : v;
+}
 
 INLINE void finish(const struct amber_gemm_w8a8 *g, int row, int o, vi acc) {
     const int left = g->w.n_out - o;
-    if (left <= 0) return;
     float *y = g->y + row * g->ldy + o;
-    vf v = v_mul(floats(acc), v_mul(v_set1(g->a.scale[row]), v_load(g->w.scale + o)));
-    if (g->a.shift) v = v_add(v, v_mul(v_set1(g->a.shift[row]), v_load(g->w.sum + o)));
-    if (g->w.bias) v = v_add(v, v_load(g->w.bias + o));
+    vf v = scaled(g, row, o, acc);
     if (left >= VL) {
         v_store(y, g->add ? v_add(v_load(y), v) : v);
-    } else {
+    } else if (left > 0) {
         v_store_n(y, g->add ? v_add(v_load_n(y, left), v) : v, left);
     }
 }
 
-/* The tile with a constant size. The accumulators must be local to the function that loops: as an
- * array reference in a helper gcc 12 spills them. */
-INLINE void tile_of(const struct tile *t, const int panels, const enum prefetch prefetch) {
+/* All pairs of the block with a constant number of panels. The accumulators must be local to the
+ * function that loops: as an array reference in a helper gcc 12 spills them. */
+INLINE void pass_of(const struct pass *t, const int panels) {
     const struct amber_gemm_w8a8 *g = t->g;
     const int64_t panel_bytes = (int64_t)g->w.k_pad * AMBER_PANEL;
-    const int vectors = panels * PER;
-    const uint8_t *ahead = t->ahead, *w = t->w, *chunk = t->lists;
-    vi a[VECTORS], b[VECTORS];
-    if (t->first) {
-        vi sa = START(g->a.sum[t->row]);
-        vi sb = START(t->rows == 2 ? g->a.sum[t->row + 1] : 0);
+    const int64_t counts = amber_nm_counts(g->w.k_pad), keep = t->nm->keep;
+    const int vectors = panels * PER, first_output = t->panel * AMBER_PANEL;
+    const uint8_t *w[PANELS];
+    const uint8_t *record = t->nm->lists + t->pair0 * t->nm->stride;
+    int32_t *sums = t->sums;
+    const int fetches = (BLOCK_LINES * panels + t->pair1 - t->pair0 - 1) / (t->pair1 - t->pair0);
+    const uint8_t *ahead = t->ahead, *ahead_end = ahead + BLOCK_LINES * 64;
+    /* Panels are addressed as base + offset. The compiler must not see that the bases are equally
+     * spaced: it would add up addresses in the loop, and where two threads share a core the number of
+     * instructions limits the speed. */
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) {
-            a[v] = sa;
-            b[v] = sb;
-        }
-    } else {
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) {
-            a[v] = sums_load(t->sums + v * VL);
-            b[v] = sums_load(t->sums + (VECTORS + v) * VL);
-        }
+    for (int p = 0; p < panels; p++) {
+        w[p] = t->w + p * panel_bytes;
+        __asm__("" : "+r"(w[p]));
     }
-    if (t->last) { /* the results' lines arrive while the sums grow */
-        for (int p = 0; p < panels; p++) {
-            float *y = g->y + t->row * g->ldy + (t->panel + p) * AMBER_PANEL;
-            __builtin_prefetch(y, 1);
-            if (t->rows == 2) __builtin_prefetch(y + g->ldy, 1);
-        }
-    }
-    for (int done = 0; done < t->groups; done += 4) {
-        const int groups = WINDOWS == 1 || t->groups - done < 4 ? t->groups - done : 4;
-        const int64_t entries = groups * t->keep, common = t->common[done / 4];
-        const int32_t *xa = (const int32_t *)(const void *)chunk, *xb = xa + entries;
-        const uint16_t *oa = (const uint16_t *)(const void *)(xb + entries), *ob = oa + entries;
-        int64_t i = 0;
-        for (; i < common; i++) {
-            const uint8_t *p = w + oa[i];
-            const vi x = broadcast(xa[i]), z = broadcast(xb[i]);
-            if (prefetch == TO_L1) _mm_prefetch((const char *)ahead, _MM_HINT_T0);
-            if (prefetch == TO_L2) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
-            ahead += 64;
-#pragma GCC unroll 8
-            for (int v = 0; v < vectors; v++) {
-                weights u = weights_at(p + v / PER * panel_bytes + v % PER * 4 * VL);
-                a[v] = dot(a[v], u, x);
-                b[v] = dot(b[v], u, z);
+    for (int pair = t->pair0; pair < t->pair1; pair++) {
+        const struct amber_nm_window *from =
+            (const struct amber_nm_window *)(const void *)record + t->window;
+        vi a[VECTORS], b[VECTORS];
+        if (ahead) {
+            for (int i = 0; i < fetches; i++, ahead += 64) {
+                if (ahead == ahead_end) { /* on to the next panel */
+                    ahead += panel_bytes - BLOCK_LINES * 64;
+                    ahead_end += panel_bytes;
+                }
+                _mm_prefetch((const char *)ahead, _MM_HINT_T1);
             }
         }
-        for (; i < entries; i++) {
-            const uint8_t *p = w + oa[i], *q = w + ob[i];
-            const vi x = broadcast(xa[i]), z = broadcast(xb[i]);
-            if (prefetch == TO_L1) _mm_prefetch((const char *)ahead, _MM_HINT_T0);
-            if (prefetch == TO_L2) _mm_prefetch((const char *)ahead, _MM_HINT_T1);
-            ahead += 64;
+        if (t->first) {
+            const int row = amber_nm_row(t->nm, pair);
+            const bool two = amber_nm_rows(t->nm, pair, g->a.rows) == 2;
+            const vi sa = START(g->a.sum[row]), sb = START(two ? g->a.sum[row + 1] : 0);
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; v++) {
-                const int64_t at = v / PER * panel_bytes + v % PER * 4 * VL;
-                a[v] = dot(a[v], weights_at(p + at), x);
-                b[v] = dot(b[v], weights_at(q + at), z);
+                a[v] = sa;
+                b[v] = sb;
+            }
+        } else {
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) {
+                a[v] = sums_load(sums + v * VL);
+                b[v] = sums_load(sums + (VECTORS + v) * VL);
             }
         }
-        chunk += entries * AMBER_NM_ENTRY;
-        w += PANEL_WINDOW;
-    }
-    if (!t->last) {
+        for (int done = 0, window = 0; done < t->groups; done += 4, window++, from++) {
+            const int groups = WINDOWS == 1 || t->groups - done < 4 ? t->groups - done : 4;
+            const int64_t entries = groups * keep, common = record[counts + t->window + window];
+            int64_t i = 0;
+#pragma GCC unroll 4
+            for (; i < common; i++) {
+                const int64_t o = from->oa[i] + window * PANEL_WINDOW;
+                const vi x = broadcast(from->xa[i]), z = broadcast(from->xb[i]);
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) {
-            sums_store(t->sums + v * VL, a[v]);
-            sums_store(t->sums + (VECTORS + v) * VL, b[v]);
+                for (int v = 0; v < vectors; v++) {
+                    weights u = weights_at(w[v / PER] + o + v % PER * 4 * VL);
+                    a[v] = dot(a[v], u, x);
+                    b[v] = dot(b[v], u, z);
+                }
+            }
+            for (; i < entries; i++) {
+                const int64_t o = from->oa[i] + window * PANEL_WINDOW;
+                const int64_t q = from->ob[i] + window * PANEL_WINDOW;
+                const vi x = broadcast(from->xa[i]), z = broadcast(from->xb[i]);
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; v++) {
+                    a[v] = dot(a[v], weights_at(w[v / PER] + o + v % PER * 4 * VL), x);
+                    b[v] = dot(b[v], weights_at(w[v / PER] + q + v % PER * 4 * VL), z);
+                }
+            }
+            if (WINDOWS == 1) break;
         }
-        return;
-    }
+        if (t->last) {
+            const int row = amber_nm_row(t->nm, pair);
+            const bool two = amber_nm_rows(t->nm, pair, g->a.rows) == 2;
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; v++) {
-        finish(g, t->row, t->panel * AMBER_PANEL + v * VL, a[v]);
-        if (t->rows == 2) finish(g, t->row + 1, t->panel * AMBER_PANEL + v * VL, b[v]);
+            for (int v = 0; v < vectors; v++) {
+                finish(g, row, first_output + v * VL, a[v]);
+                if (two) finish(g, row + 1, first_output + v * VL, b[v]);
+            }
+        } else {
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; v++) {
+                sums_store(sums + v * VL, a[v]);
+                sums_store(sums + (VECTORS + v) * VL, b[v]);
+            }
+        }
+        record += t->nm->stride;
+        sums += PAIR_SUMS;
     }
 }
 
-#define TILE(panels)                                                                               \
-    static __attribute__((noinline)) void tile_##panels(const struct tile *t) {                    \
-        tile_of(t, panels, NONE);                                                                  \
+#define PASS(panels)                                                                               \
+    static __attribute__((noinline)) void pass_##panels(const struct pass *t) {                    \
+        pass_of(t, panels);                                                                        \
     }
-TILE(1)
+PASS(1)
 #if PANELS > 1
-TILE(2)
+PASS(2)
 #endif
 #if PANELS > 2
-TILE(3)
+PASS(3)
 #endif
 #if PANELS > 3
-TILE(4)
-TILE(5)
-TILE(6)
-TILE(7)
-TILE(8)
+PASS(4)
+PASS(5)
+PASS(6)
+PASS(7)
+PASS(8)
 #endif
 
-static __attribute__((noinline)) void tile_to_l1(const struct tile *t) {
-    tile_of(t, PANELS, TO_L1);
-}
-static __attribute__((noinline)) void tile_to_l2(const struct tile *t) {
-    tile_of(t, PANELS, TO_L2);
-}
-
-static void (*const tile_fns[PANELS])(const struct tile *t) = {
-    tile_1,
+static void (*const pass_fns[PANELS])(const struct pass *t) = {
+    pass_1,
 #if PANELS > 1
-    tile_2,
+    pass_2,
 #endif
 #if PANELS > 2
-    tile_3,
+    pass_3,
 #endif
 #if PANELS > 3
-    tile_4, tile_5, tile_6, tile_7, tile_8,
+    pass_4, pass_5, pass_6, pass_7, pass_8,
 #endif
 };
 
-/* Pairs pair0..pair1-1 (at most PAIR_BLOCK) of `panels` panels. */
+/* Pairs pair0..pair1-1 (at most PAIR_BLOCK) of `panels` panels. Where they are the first to read
+ * these weights, the next block of inputs is fetched meanwhile; where they are the last, the first
+ * block of the next panels is (next: those exist). */
 static void block(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm, int panel, int panels,
-                  int pair0, int pair1, int panels_ahead) {
+                  int pair0, int pair1, bool first_pairs, bool next) {
     _Alignas(64) int32_t sums[PAIR_BLOCK * PAIR_SUMS];
     enum { WIDTH = WINDOWS * AMBER_NM_WINDOW };
-    const int k_pad = g->w.k_pad, tiles = pair1 - pair0;
-    const int64_t panel_bytes = (int64_t)k_pad * AMBER_PANEL;
-    const int64_t counts = amber_nm_counts(nm->keep, k_pad);
-    const uint8_t *records = nm->lists + pair0 * nm->stride;
+    const int k_pad = g->w.k_pad;
+    const uint8_t *w = g->w.q + (int64_t)panel * k_pad * AMBER_PANEL;
+    struct pass t = {.g = g, .nm = nm, .sums = sums, .pair0 = pair0, .pair1 = pair1, .panel = panel};
     for (int k = 0; k < k_pad; k += WIDTH) {
         const int width = k_pad - k < WIDTH ? k_pad - k : WIDTH;
-        struct tile t = {.g = g, .panel = panel, .keep = nm->keep};
         t.groups = width / AMBER_NM_GROUP;
+        t.window = k / AMBER_NM_WINDOW;
         t.first = k == 0;
         t.last = k + width == k_pad;
-        t.w = g->w.q + panel * panel_bytes + (int64_t)k * AMBER_PANEL;
-        /* A tile fetches as many lines as it has entries, all of one panel. */
-        const int lines = 4 * AMBER_NM_GROUP / 16 * WINDOWS, entries = t.groups * nm->keep;
-        const int per_panel = (lines + entries - 1) / entries, fetching = per_panel * PANELS;
-        const uint8_t *next = t.last ? NULL : t.w + (int64_t)WIDTH * AMBER_PANEL;
-        const uint8_t *later = panels_ahead ? t.w + panels_ahead * panel_bytes : NULL;
-        for (int i = 0; i < tiles; i++) {
-            const int pair = pair0 + i;
-            t.row = amber_nm_row(nm, pair);
-            t.rows = amber_nm_rows(nm, pair, g->a.rows);
-            t.lists = records + i * nm->stride +
-                      amber_nm_entries(nm->keep, k) * AMBER_NM_ENTRY;
-            t.common = records + i * nm->stride + counts + k / AMBER_NM_WINDOW;
-            t.sums = sums + i * PAIR_SUMS;
-            const int to_l1 = i - (tiles - fetching), which = to_l1 >= 0 ? to_l1 : i;
-            const uint8_t *base = to_l1 >= 0 ? next : i < fetching ? later : NULL;
-            if (base && panels == PANELS) {
-                int line = which % per_panel * entries;
-                line = line + entries > lines ? lines - entries : line;
-                t.ahead = base + which / per_panel * panel_bytes + (line < 0 ? 0 : line) * 64;
-                (to_l1 >= 0 ? tile_to_l1 : tile_to_l2)(&t);
-            } else {
-                tile_fns[panels - 1](&t);
-            }
-        }
+        t.w = w + (int64_t)k * AMBER_PANEL;
+        t.ahead = NULL;
+        if (!t.last && first_pairs) t.ahead = t.w + (int64_t)WIDTH * AMBER_PANEL;
+        if (t.last && next) t.ahead = w + (int64_t)panels * k_pad * AMBER_PANEL;
+        pass_fns[panels - 1](&t);
     }
 }
 
@@ -232,10 +224,10 @@ void NAME(gemm_nm)(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm, i
         const int step = share(sweep1 - sweep0, PAIR_BLOCK);
         for (int panel = panel0; panel < panel1; panel += PANELS) {
             const int panels = panel1 - panel < PANELS ? panel1 - panel : PANELS;
-            const int ahead = panel1 - panel >= 2 * PANELS ? PANELS : 0;
             for (int pair = sweep0; pair < sweep1; pair += step) {
                 const int end = sweep1 - pair < step ? sweep1 : pair + step;
-                block(g, nm, panel, panels, pair, end, end == sweep1 ? ahead : 0);
+                block(g, nm, panel, panels, pair, end, pair == sweep0,
+                      end == sweep1 && panel + 2 * PANELS <= panel1);
             }
         }
     }

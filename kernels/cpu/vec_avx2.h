@@ -3,6 +3,8 @@
 #ifndef AMBER_VEC_AVX2_H
 #define AMBER_VEC_AVX2_H
 
+#include "unroll.h"
+
 #include <immintrin.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -140,24 +142,24 @@ static inline void vi_store_i8(int8_t *p, vi v) {
 
 static inline __attribute__((always_inline)) void v_transpose(vf r[VL]) {
     vf t[VL];
-#pragma GCC unroll 4
+    UNROLL
     for (int i = 0; i < 8; i += 2) {
         t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
-#pragma GCC unroll 2
+    UNROLL
     for (int i = 0; i < 8; i += 4) { /* r[i+c] holds columns c and c+4 of four rows */
         r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
         r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
         r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
         r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
     }
-#pragma GCC unroll 4
+    UNROLL
     for (int c = 0; c < 4; c++) {
         t[c] = _mm256_permute2f128_ps(r[c], r[c + 4], 0x20);
         t[c + 4] = _mm256_permute2f128_ps(r[c], r[c + 4], 0x31);
     }
-#pragma GCC unroll 8
+    UNROLL
     for (int i = 0; i < 8; i++) r[i] = t[i];
 }
 

@@ -4,6 +4,8 @@
 #ifndef AMBER_VEC_AVX512_H
 #define AMBER_VEC_AVX512_H
 
+#include "unroll.h"
+
 #include <immintrin.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -130,12 +132,12 @@ static inline void vi_store_i8(int8_t *p, vi v) {
 /* r[i] lane j  <->  r[j] lane i. */
 static inline __attribute__((always_inline)) void v_transpose(vf r[VL]) {
     vf t[VL];
-#pragma GCC unroll 8
+    UNROLL
     for (int i = 0; i < 16; i += 2) { /* within 128-bit lanes: pairs of rows */
         t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
     }
-#pragma GCC unroll 4
+    UNROLL
     for (int i = 0; i < 16; i += 4) { /* fours of rows: r[i+c] holds columns c, c+4, c+8, c+12 */
         __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]);
         __m512d c = _mm512_castps_pd(t[i + 2]), d = _mm512_castps_pd(t[i + 3]);
@@ -144,7 +146,7 @@ static inline __attribute__((always_inline)) void v_transpose(vf r[VL]) {
         r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
         r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
     }
-#pragma GCC unroll 4
+    UNROLL
     for (int c = 0; c < 4; c++) { /* a 4 x 4 transpose of 128-bit lanes per column class */
         vf a = _mm512_shuffle_f32x4(r[c], r[c + 4], 0x88);
         vf b = _mm512_shuffle_f32x4(r[c], r[c + 4], 0xdd);
@@ -155,7 +157,7 @@ static inline __attribute__((always_inline)) void v_transpose(vf r[VL]) {
         t[c + 4] = _mm512_shuffle_f32x4(b, e, 0x88);
         t[c + 12] = _mm512_shuffle_f32x4(b, e, 0xdd);
     }
-#pragma GCC unroll 16
+    UNROLL
     for (int i = 0; i < 16; i++) r[i] = t[i];
 }
 

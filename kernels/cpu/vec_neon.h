@@ -3,6 +3,8 @@
 #ifndef AMBER_VEC_NEON_H
 #define AMBER_VEC_NEON_H
 
+#include "unroll.h"
+
 #include <arm_neon.h>
 #include <stdbool.h>
 #include <stdint.h>

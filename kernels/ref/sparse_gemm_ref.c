@@ -31,19 +31,8 @@ static void choose(const int8_t *a, const int8_t *b, int keep, uint32_t masks[2]
     }
 }
 
-struct window {
-    int32_t *xa, *xb;
-    uint16_t *oa, *ob;
-};
-
-static struct window window_at(uint8_t *chunk, int entries) {
-    int32_t *xa = (int32_t *)(void *)chunk;
-    uint16_t *oa = (uint16_t *)(void *)(chunk + 8 * (int64_t)entries);
-    return (struct window){xa, xa + entries, oa, oa + entries};
-}
-
-static int pack_window(const struct window *to, const int8_t *a, const int8_t *b, int groups,
-                       int keep) {
+static int pack_window(struct amber_nm_window *to, const int8_t *a, const int8_t *b,
+                       int groups, int keep) {
     uint32_t masks[4][2];
     int common = 0;
     for (int g = 0; g < groups; g++) {
@@ -81,13 +70,12 @@ void amber_pack_nm_ref(const struct amber_nm *nm, const struct amber_a8 *a, int 
         const int8_t *x = a->q + amber_nm_row(nm, pair) * a->stride;
         bool two = amber_nm_rows(nm, pair, a->rows) == 2;
         uint8_t *record = nm->lists + pair * nm->stride;
-        uint8_t *counts = record + amber_nm_counts(nm->keep, a->k_pad);
+        uint8_t *counts = record + amber_nm_counts(a->k_pad);
+        struct amber_nm_window *window = (struct amber_nm_window *)(void *)record;
         for (int k = 0, w = 0; k < a->k_pad; k += AMBER_NM_WINDOW, w++) {
             int left = (a->k_pad - k) / AMBER_NM_GROUP, groups = left < 4 ? left : 4;
-            struct window to = window_at(record, groups * nm->keep);
-            counts[w] = (uint8_t)pack_window(&to, x + k, two ? x + a->stride + k : zeros, groups,
-                                             nm->keep);
-            record += groups * nm->keep * AMBER_NM_ENTRY;
+            counts[w] = (uint8_t)pack_window(window + w, x + k, two ? x + a->stride + k : zeros,
+                                             groups, nm->keep);
         }
     }
 }
@@ -105,18 +93,18 @@ static int32_t window_dot(const uint8_t *lane, const int32_t *x, const uint16_t 
 
 static int32_t row_dot(const struct amber_nm *nm, int k_pad, int pair, int second,
                        const uint8_t *lane) {
-    uint8_t *record = nm->lists + pair * nm->stride;
-    const uint8_t *counts = record + amber_nm_counts(nm->keep, k_pad);
+    const uint8_t *record = nm->lists + pair * nm->stride;
+    const uint8_t *counts = record + amber_nm_counts(k_pad);
+    const struct amber_nm_window *from = (const struct amber_nm_window *)(const void *)record;
     int32_t acc = 0;
     for (int k = 0, w = 0; k < k_pad; k += AMBER_NM_WINDOW, w++) {
         int left = (k_pad - k) / AMBER_NM_GROUP, groups = left < 4 ? left : 4;
         int entries = groups * nm->keep, common = counts[w];
-        struct window from = window_at(record, entries);
-        const int32_t *x = second ? from.xb : from.xa;
-        acc += window_dot(lane, x, from.oa, common);
-        acc += window_dot(lane, x + common, (second ? from.ob : from.oa) + common,
+        const int32_t *x = second ? from->xb : from->xa;
+        acc += window_dot(lane, x, from->oa, common);
+        acc += window_dot(lane, x + common, (second ? from->ob : from->oa) + common,
                           entries - common);
-        record += entries * AMBER_NM_ENTRY;
+        from++;
         lane += AMBER_NM_WINDOW * AMBER_PANEL;
     }
     return acc;

@@ -1,4 +1,4 @@
-"""What amber-quantize measures and decides: calibration text, the cost of a plan, the budgeted plan.
+"""What amber-quantize measures and decides: calibration text, a plan's cost, the budgeted plan.
 
 Cost is the KL divergence of the dense INT8 model from the sparse one, per token, on windows of a
 calibration text by amber-eval's protocol (the second half of each window is scored).
@@ -13,18 +13,17 @@ whose whole plan stays within the budget, found by halving.
 
 import argparse
 import math
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .engine import Engine, EngineInfo, memory_estimate
 from .errors import AmberError, ArgumentError
 from .eval import _blocks, _logits, evaluate, log_softmax, read_text
 from .sparse import plan_text
-
-if TYPE_CHECKING:
-    import numpy as np
+from .tokenizer import Tokenizer
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 POLICY = ("q", "gate", "down")  # of arXiv 2508.02128; down everywhere, the others but where skipped
@@ -202,6 +201,38 @@ def sample_text(engine: Engine, tokens: int, progress: Callable[[int, int], Any]
     return "\n".join(pieces)
 
 
+class Text:
+    """The calibration text that the command line names, of one window at least."""
+
+    def __init__(self, path: str, args: argparse.Namespace, bars: Bars) -> None:
+        own = args.calibrate == "self"
+        text = "" if own else read_text(args.calibrate)
+        self.origin = "the model's own text" if own else os.path.basename(args.calibrate)
+        with Engine(path, sparse="off", threads=args.threads) as engine:
+            self.info = engine.info
+            self.ctx = min(args.ctx, self.info.n_ctx)
+            if own:
+                with bars("own text", " tok") as bar:
+                    text = sample_text(engine, args.chunks * self.ctx + 1, bar)
+            self.text = text
+            self.windows = cut(engine.tokenizer, text, self.ctx, args.chunks)
+        if not self.windows:
+            raise AmberError(
+                f"--calibrate: expected at least {self.ctx} tokens for one window, found fewer "
+                "(use a longer text or a smaller --ctx)"
+            )
+
+
+def cut(tokenizer: Tokenizer, text: str, ctx: int, chunks: int) -> list[list[int]]:
+    """Windows of a text by amber-eval's protocol, at most `chunks`."""
+    tokens = tokenizer.encode(text, add_special=True, parse_special=False)
+    windows = [tokens[i * ctx : (i + 1) * ctx] for i in range(min(chunks, len(tokens) // ctx))]
+    if tokenizer.adds_bos and tokenizer.bos is not None:
+        for window in windows:
+            window[0] = tokenizer.bos
+    return windows
+
+
 # ---- cost ----
 
 
@@ -212,14 +243,8 @@ class Reference:
         self.path, self.ctx, self.threads = path, ctx, threads
         with Engine(path, sparse="off", n_ctx=ctx, threads=threads) as engine:
             self.info = engine.info
-            tokenizer = engine.tokenizer
-            tokens = tokenizer.encode(text, add_special=True, parse_special=False)
             most = CACHE_BYTES // (4 * (ctx - ctx // 2) * self.info.n_vocab)
-            count = max(1, min(chunks, len(tokens) // ctx, most))
-            self.windows = [tokens[i * ctx : (i + 1) * ctx] for i in range(count)]
-            if tokenizer.adds_bos and tokenizer.bos is not None:
-                for window in self.windows:
-                    window[0] = tokenizer.bos
+            self.windows = cut(engine.tokenizer, text, ctx, max(1, min(chunks, most)))
             with engine.session(n_ctx=ctx) as session:
                 self.logits = [
                     _logits(session, window, ctx // 2, i) for i, window in enumerate(self.windows)
@@ -380,7 +405,6 @@ class Wish:
             self.text = f"{n[0]}{self.methods}@{self.scope}" + self._layers_of(self.text)
         else:
             self.text = plan_text(args.sparse, args.criterion, args.mitigation)
-        self.calibration = None if args.calibrate == "self" else read_text(args.calibrate)
 
     @staticmethod
     def _layers_of(text: str) -> str:
@@ -397,23 +421,10 @@ class Wish:
                     f"--skip: expected preset, auto or layers such as 0,26-27, found {error}"
                 ) from None
 
-    def carry_out(self, path: str, bars: Bars) -> Outcome:
+    def carry_out(self, path: str, calibration: Text, bars: Bars) -> Outcome:
         """Decides on the plan for the Amber GGUF at `path` and measures it."""
-        args = self.args
-        with Engine(path, sparse="off", threads=args.threads) as engine:
-            info = engine.info
-            ctx = min(args.ctx, info.n_ctx)
-            text, origin = self.calibration, args.calibrate
-            if text is None:
-                origin = "the model's own text"
-                with bars("own text", " tok") as bar:
-                    text = sample_text(engine, args.chunks * ctx + 1, bar)
-            found = len(engine.tokenize(text))
-            if found < ctx:
-                raise AmberError(
-                    f"--calibrate: expected at least {ctx} tokens for one window, found {found} "
-                    "(use a longer text or a smaller --ctx)"
-                )
+        args, text, origin = self.args, calibration.text, calibration.origin
+        info, ctx = calibration.info, calibration.ctx
         if args.max_kl is None:
             plan, study = self._fixed(path, text, ctx, info, bars)
             result = self._measure(path, plan, text, ctx, bars)
@@ -573,13 +584,3 @@ class Wish:
             ],
         }  # fmt: skip
         return plan, study, result
-
-
-def report_text(report: Mapping[str, Any]) -> str:
-    """The layers of a report as a table."""
-    head = "layer  coverage  " + "".join(f"{name:>12s}" for name in PROJECTIONS)
-    lines = [head]
-    for row in report["layers"]:
-        cells = "".join(f"{row[name].split('/')[0]:>12s}" for name in PROJECTIONS)
-        lines.append(f"{row['layer']:5d}  {100 * row['coverage']:6.1f} %  {cells}")
-    return "\n".join(lines)

@@ -31,12 +31,15 @@ from .sparse import CRITERIA, MITIGATIONS
 if TYPE_CHECKING:
     import numpy as np
 
+    from .permute import Orders
+
 INTERRUPTED = 130
 FORMAT, LAYOUT, ALIGNMENT = 1, "p16k4o128", 64
 PANEL, K_ALIGN = 16, 64  # outputs of a panel; inputs are padded to a multiple
+STATISTICS = 2048  # tokens whose activations choose an order
 SLICE_BYTES = 1 << 26  # of float32 rows that are converted at once where no score needs them all
 LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight")
-F32, I8 = 0, 24  # tensor types
+F32, F16, I8 = 0, 1, 24  # tensor types
 U32, F64, BOOL, STRING = 4, 12, 7, 8  # value types
 
 # The engine's scores sum rows in 16 fixed parts (engine/score.c); the same sums in the same order
@@ -181,6 +184,7 @@ class Source:
 
     def __init__(self, path: str) -> None:
         self.path, self.gguf = path, gguf_module()
+        self.orders: Orders | None = None  # of channels, for what parts() writes
         try:
             self.reader = self.gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError) as error:
@@ -207,7 +211,8 @@ class Source:
             values = self.gguf.quants.dequantize(data, tensor.tensor_type)
         except NotImplementedError:
             raise UnsupportedModelError(
-                f"{name}: the installed gguf package cannot read {tensor.tensor_type.name} (update it)"
+                f"{name}: the installed gguf package cannot read {tensor.tensor_type.name} "
+                "(update it)"
             ) from None
         return np.ascontiguousarray(values, np.float32)
 
@@ -222,6 +227,8 @@ class Source:
                 parts += self._matrix(tensor.name, tensor.name.removesuffix(".weight"))
             elif len(tensor.shape) == 1:
                 parts.append(self._vector(tensor))
+            elif tensor.name == "token_embd.weight" and self.orders:
+                parts.append(self._embedding(tensor))
             else:
                 parts.append(
                     Part(
@@ -238,7 +245,35 @@ class Source:
 
     def _vector(self, tensor: Any) -> Part:
         n = int(tensor.shape[0])
-        return Part(tensor.name, F32, (n,), 4 * n, lambda: iter([self.rows(tensor.name)]))
+        return Part(
+            tensor.name, F32, (n,), 4 * n, lambda: iter([self._ordered(tensor.name, None, None)])
+        )
+
+    def _ordered(self, name: str, first: int | None, last: int | None) -> "np.ndarray":
+        """Rows as float32, in the new order of channels. Slices are for what keeps its outputs."""
+        rows = self.rows(name, first, last)
+        return self.orders.apply(name, rows) if self.orders else rows
+
+    def _embedding(self, tensor: Any) -> Part:
+        """The embedding with its columns in the new order: of the same type where that keeps every
+        value whole, else F16."""
+        import numpy as np
+
+        k, n = (int(size) for size in tensor.shape)
+        kinds = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
+        bits = kinds.get(tensor.tensor_type.name)
+        kind, width = (int(tensor.tensor_type), bits().itemsize) if bits else (F16, 2)
+        step = max(1, SLICE_BYTES // (4 * k))
+
+        def pieces() -> Iterator[Any]:
+            for first in range(0, n, step):
+                if bits:
+                    rows = np.ascontiguousarray(tensor.data[first : first + step]).view(bits)
+                    yield self.orders.apply(tensor.name, rows)
+                else:
+                    yield self._ordered(tensor.name, first, first + step).astype(np.float16)
+
+        return Part(tensor.name, kind, (k, n), width * k * n, pieces)
 
     def _matrix(self, name: str, stem: str) -> list[Part]:
         import numpy as np
@@ -251,7 +286,7 @@ class Source:
 
         def weight() -> Iterator[Any]:
             for first in range(0, n, step):
-                rows = self.rows(name, first, min(first + step, n))
+                rows = self._ordered(name, first, min(first + step, n))
                 q, scale = pack(rows, name)
                 made["scale"][first : first + len(scale)] = scale
                 if scored:
@@ -356,7 +391,8 @@ def file_hash(path: str) -> str:
 def base_keys(source: Source) -> dict[str, Any]:
     """Keys that say what the file is and what it was made from."""
     if source.packed:  # the tensors stay, so do these
-        kept = ("format", "layout", "tied_output", "source.name", "source.size", "source.sha256")
+        kept = ("format", "layout", "tied_output", "permuted")
+        kept += ("source.name", "source.size", "source.sha256")
         fields = source.reader.fields
         keys = {
             f"amber.{name}": fields[f"amber.{name}"].contents()
@@ -368,6 +404,7 @@ def base_keys(source: Source) -> dict[str, Any]:
             "amber.format": FORMAT,
             "amber.layout": LAYOUT,
             "amber.tied_output": source.tied(),
+            "amber.permuted": source.orders is not None,
             "amber.source.name": os.path.basename(source.path),
             "amber.source.size": str(os.path.getsize(source.path)),
             "amber.source.sha256": file_hash(source.path),
@@ -391,7 +428,7 @@ def parser() -> argparse.ArgumentParser:
         "--sparse",
         metavar="PLAN",
         help="what runs sparse in prefill: a pattern such as 8:16x4t2, 8:16@all or 8:16@q,gate, or "
-        "a plan file; with --max-kl the family of patterns to choose from (16x4t2 patterns)",
+        "a plan file; with --max-kl the family of patterns to choose from (8:16x4t2)",
     )
     top.add_argument("--criterion", help=f"{', '.join(CRITERIA)}: how channels are ranked")
     top.add_argument("--mitigation", help=f"{', '.join(MITIGATIONS)}: what is given back")
@@ -407,6 +444,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="X",
         help="choose the pattern of each projection so that the KL divergence from the dense model "
         "stays within X nats per token",
+    )
+    top.add_argument(
+        "--permute",
+        action="store_true",
+        help="put channels that are large together side by side, so that block patterns (N:16x4) "
+        "lose less; the model stays the same function",
     )
     top.add_argument(
         "--calibrate",
@@ -475,18 +518,31 @@ def check(args: argparse.Namespace) -> None:
 def quantize(args: argparse.Namespace) -> dict[str, Any]:
     """Writes args.out. Returns the report."""
     started = perf_counter()
+    from . import calibrate, permute
+
+    def bars(name: str, unit: str) -> Bar:
+        return Bar(name, unit, args.quiet)
+
     path = find_model(args.model)
     if os.path.exists(args.out) and os.path.samefile(path, args.out):
         raise AmberError(f"{args.out}: expected another file than the source")
     plan = None
     if args.sparse or args.max_kl is not None:
-        from . import calibrate
-
         plan = calibrate.Wish(args)
         plan.check(path)
     else:
         memory_estimate(path, sparse="off")  # proves the file before anything is written
     source = Source(path)
+    text = None
+    if plan or args.permute:
+        text = calibrate.Text(path, args, bars)
+    if args.permute:
+        if source.packed:
+            raise AmberError(f"{path}: --permute: expected a source file, found an Amber GGUF")
+        with bars("activations", "layer") as bar:
+            source.orders = permute.choose(
+                source, text.windows[: max(1, STATISTICS // text.ctx)], bar
+            )
     keys = base_keys(source)
     partial = [args.out + ".part", args.out + ".part2"]
     try:
@@ -500,12 +556,13 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
             "out": args.out,
             "source_bytes": os.path.getsize(path),
             "pack_seconds": perf_counter() - started,
+            "permuted": source.orders is not None,
             "sparse": "off",
         }
         if plan is None:
             os.replace(partial[0], args.out)
         else:
-            result = plan.carry_out(partial[0], lambda name, unit: Bar(name, unit, args.quiet))
+            result = plan.carry_out(partial[0], text, bars)
             copy_with_keys(Source(partial[0]), partial[1], keys | result.keys)
             os.replace(partial[1], args.out)
             report |= result.report
@@ -527,8 +584,8 @@ def summary(report: dict[str, Any]) -> str:
     if report["sparse"] != "off":
         change = 100 * (report["perplexity"] / report["dense_perplexity"] - 1)
         line += (
-            f"\n{report['sparse']}: coverage {100 * report['coverage']:.1f} %, modelled time of the "
-            f"layers' projections {100 * report['modelled_time']:.1f} % of dense\n"
+            f"\n{report['sparse']}: coverage {100 * report['coverage']:.1f} %, modelled time of "
+            f"the layers' projections {100 * report['modelled_time']:.1f} % of dense\n"
             f"KL {report['kl_mean']:.5f}, perplexity {report['perplexity']:.4f} (dense "
             f"{report['dense_perplexity']:.4f}, {change:+.2f} %) on {report['tokens']} tokens of "
             f"{report['calibration']}"

@@ -1,4 +1,4 @@
-"""What `sparse=` and `--sparse` take: a pattern, a plan file, "auto" or "off", as the engine's text."""
+"""What `sparse=` and `--sparse` take (pattern, plan file, "auto", "off") as the engine's text."""
 
 import json
 import os

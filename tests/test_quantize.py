@@ -1,0 +1,499 @@
+"""amber-quantize: Amber GGUFs against the files they came from, hostile ones, and their plans."""
+
+import itertools
+import json
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+
+import amber
+from amber import calibrate
+from amber import quantize as q
+from numpy_llama import NumpyLlama, channel_factors, round_rows
+
+TEXT = "There was once a king who had three sons, and the youngest went into the wood. " * 8
+PLANS = ("off", "8:16", "2:4/norm@all", "8:16x4t2/amber/var@all", "8:16/amber-b/dpts@all")
+MODELS = ("stories260K-f32", "stories260K-q4_0", "stories3M-BF16", "stories3M-IQ4_NL")
+MODELS += ("stories3M-Q4_K_M", "stories3M-Q5_1", "stories3M-qwen2-f16", "stories3M-pad256-Q6_K")
+MODELS += ("stories3M-pad256-Q2_K", "stories3M-pad256-IQ3_M", "tinystories-656k-q8_0")
+
+
+def command(*args: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "amber.quantize", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def quantize(*args: object) -> dict:
+    """The report of a run that must succeed."""
+    return q.quantize(q.parser().parse_args(["-q", *map(str, args)]))
+
+
+@pytest.fixture(scope="module")
+def packed(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "demo.gguf"
+    quantize(demo_model, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text(TEXT)
+    return path
+
+
+# ---- rounding and scores ----
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (16, 64), (17, 65), (40, 130)])
+def test_pack_is_the_rule_of_kernels_h(n: int, k: int) -> None:
+    """q = round-half-even(x * (127 / absmax)) + 128 in float32, laid out as kernels.h draws it."""
+    rows = np.random.default_rng(n).standard_normal((n, k)).astype(np.float32)
+    rows[0] = 0
+    rows[n // 2] *= np.float32(1e-41)  # 127 / absmax overflows: a row of zeros
+    panels, scale = q.pack(rows)
+    k_pad = -(-k // 64) * 64
+    assert panels.shape == (-(-n // 16), k_pad * 16) and scale.shape == (len(panels) * 16,)
+    expected = np.full((len(panels), k_pad // 4, 16, 4), 128, np.uint8)
+    scales = np.zeros(len(scale), np.float32)
+    for o in range(n):
+        absmax = np.abs(rows[o]).max()
+        with np.errstate(divide="ignore", over="ignore"):
+            inverse = np.float32(127) / absmax
+        if np.isinf(inverse):
+            continue
+        scales[o] = absmax / np.float32(127)
+        for i in range(k):
+            value = np.float32(rows[o, i] * inverse)
+            expected[o // 16, i // 4, o % 16, i % 4] = round(float(value)) + 128
+    assert np.array_equal(panels.ravel(), expected.ravel())
+    assert np.array_equal(scale, scales)
+
+
+def test_pack_refuses_what_is_not_finite() -> None:
+    for bad in (np.nan, np.inf, -np.inf):
+        rows = np.ones((3, 8), np.float32)
+        rows[2, 5] = bad
+        with pytest.raises(amber.FileFormatError, match="layer: .*row 2"):
+            q.pack(rows, "layer")
+
+
+def test_percentiles_are_exact() -> None:
+    """Both the plain way and the one by tails that large matrices take, with many ties too."""
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((1200, 1100)).astype(np.float32)
+    for w in (normal, normal[:50, :70].copy(), np.rint(normal), np.zeros_like(normal)):
+        ours = q.percentiles(w, 0.005, 0.995)
+        expected = np.percentile(w.astype(np.float64), [0.5, 99.5])
+        # Interpolated in float64, then rounded to float32: half an ulp.
+        assert np.allclose(ours, expected, rtol=6e-8, atol=0)
+
+
+def test_scores_equal_the_papers_formula() -> None:
+    w = np.random.default_rng(1).standard_t(3, (300, 90)).astype(np.float32) * np.float32(0.1)
+    for ours, criterion in zip(q.scores(w), ("norm", "amber", "amber-b"), strict=True):
+        expected = channel_factors(w.astype(np.float64), criterion)
+        assert np.allclose(ours, expected, rtol=1e-6), criterion
+
+
+# ---- the file ----
+
+
+def same_logits(source: Path, ours: Path, sparse: str, **options: object) -> None:
+    with (
+        amber.Engine(source, sparse=sparse, n_ctx=128, **options) as a,
+        amber.Engine(ours, sparse=sparse, n_ctx=128, **options) as b,
+    ):
+        tokens = a.tokenize(TEXT)[:101]
+        assert tokens == b.tokenize(TEXT)[:101]
+        assert np.array_equal(a.logits(tokens, all=True), b.logits(tokens, all=True)), sparse
+        assert a.info.n_params == b.info.n_params
+        assert a.info.sparse == b.info.sparse and a.info.coverage == b.info.coverage
+
+
+@pytest.mark.parametrize("sparse", PLANS)
+def test_same_bits_as_the_source(sparse: str, demo_model: Path, packed: Path) -> None:
+    same_logits(demo_model, packed, sparse)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_bits_for_every_kind_of_source(name: str, testdata: Path, tmp_path: Path) -> None:
+    source, out = testdata / "models" / f"{name}.gguf", tmp_path / "out.gguf"
+    quantize(source, out)
+    for sparse in ("off", "8:16/amber/dpts@all"):
+        same_logits(source, out, sparse)
+
+
+def test_same_bits_on_the_reference_kernels(demo_model: Path, packed: Path) -> None:
+    same_logits(demo_model, packed, "2:4/amber@all", isa="ref")
+
+
+def test_float_precision_multiplies_out(testdata: Path, tmp_path: Path) -> None:
+    """Float32 of the rounded weights, against numpy float64 with weights rounded the same way.
+    Rounding of float32 alone stays near 1e-6 (tests/test_sparse_model.py)."""
+    source, out = testdata / "models" / "stories260K-f32.gguf", tmp_path / "out.gguf"
+    quantize(source, out)
+    oracle = NumpyLlama(source)
+    for name, w in oracle.t.items():
+        if q.LINEAR.fullmatch(name):
+            oracle.t[name] = round_rows(w)
+    with amber.Engine(out, precision="float") as engine:
+        tokens = engine.tokenize(TEXT)[:60]
+        ours = engine.logits(tokens, all=True)
+    embedding = oracle.t["token_embd.weight"]
+    hidden = oracle.logits(tokens, {})  # through the exact head: replaced by the rounded one
+    state = np.linalg.lstsq(embedding, hidden.T, rcond=None)[0].T
+    expected = state @ round_rows(embedding).T
+    assert np.linalg.norm(ours - expected) / np.linalg.norm(expected) < 1e-5
+
+
+def test_mapped_not_copied(demo_model: Path, packed: Path) -> None:
+    with amber.Engine(packed) as engine, amber.Engine(demo_model) as source:
+        # Norms: 2 of each layer and the last.
+        assert engine.info.weight_bytes == (2 * 8 + 1) * 256 * 4
+        assert source.info.weight_bytes > 7e6
+    estimate = amber.memory_estimate(packed, sparse="off")
+    assert estimate.weights_bytes == (2 * 8 + 1) * 256 * 4
+    assert estimate.mapped_bytes > amber.memory_estimate(demo_model).mapped_bytes + 7e6
+    floats = amber.memory_estimate(packed, precision="float")
+    assert (
+        floats.weights_bytes == amber.memory_estimate(demo_model, precision="float").weights_bytes
+    )
+
+
+def test_gguf_tools_read_it(demo_model: Path, packed: Path) -> None:
+    ours, theirs = gguf.GGUFReader(packed), gguf.GGUFReader(demo_model)
+    keys = {name: field.contents() for name, field in ours.fields.items()}
+    for name, field in theirs.fields.items():
+        if name.startswith(("llama.", "tokenizer.")) or name == "general.architecture":
+            assert keys[name] == field.contents()
+    assert keys["amber.format"] == 1 and keys["amber.layout"] == "p16k4o128"
+    assert keys["amber.tied_output"] is True and keys["amber.source.name"] == "demo.gguf"
+    assert keys["amber.source.size"] == str(demo_model.stat().st_size)
+    tensors = {tensor.name: tensor for tensor in ours.tensors}
+    assert all(tensor.data_offset % 64 == 0 for tensor in ours.tensors)
+    down = tensors["blk.0.ffn_down.weight"]
+    assert down.tensor_type.name == "I8" and list(down.shape) == [768 // 64 * 64 * 16, 16]
+    source = {tensor.name: tensor for tensor in theirs.tensors}["token_embd.weight"]
+    assert tensors["token_embd.weight"].tensor_type == source.tensor_type
+    assert np.array_equal(tensors["token_embd.weight"].data, source.data)
+
+
+# ---- files that lie ----
+
+
+def header_place(data: bytes, name: str) -> int:
+    """Where what follows a key's or tensor's name begins."""
+    raw = struct.pack("<Q", len(name)) + name.encode()
+    assert data.count(raw) == 1, name
+    return data.index(raw) + len(raw)
+
+
+def damaged(packed: Path, tmp_path: Path, name: str, at: int, value: bytes) -> Path:
+    data = bytearray(packed.read_bytes())
+    place = header_place(data, name) + at
+    data[place : place + len(value)] = value
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value", "words"),
+    [
+        ("amber.format", 4, struct.pack("<I", 2), ["newer format 2", "update"]),
+        ("amber.format", 4, struct.pack("<I", 0), ["amber.format", "0"]),
+        ("amber.layout", 12, b"p32", ["amber.layout", "p16k4o128", "p32k4o128"]),
+        ("blk.3.ffn_up.scale", -1, b"x", ["blk.3.ffn_up.scale", "not found"]),
+        ("blk.3.ffn_up.weight", -1, b"x", ["blk.3.ffn_up.weight", "not found"]),
+        ("blk.0.attn_q.weight", 4, struct.pack("<2Q", 2048, 32), ["blk.0.attn_q", "4096", "2048"]),
+        ("output.scale", 4, struct.pack("<Q", 4095), ["output.scale", "4096 x 1", "4095"]),
+        ("output.scale", 12, struct.pack("<I", 26), ["output.scale", "F32", "I32"]),
+    ],
+)
+def test_wrong_headers(
+    name: str, at: int, value: bytes, words: list[str], packed: Path, tmp_path: Path
+) -> None:
+    for precision in ("int8", "float"):
+        with pytest.raises(amber.AmberError) as caught:
+            amber.Engine(damaged(packed, tmp_path, name, at, value), precision=precision)
+        assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value"),
+    [
+        ("blk.2.ffn_down.scale", np.nan),
+        ("blk.2.ffn_down.scale", np.inf),
+        ("output.scale", -1.0),
+        ("blk.1.attn_q.score", np.nan),
+        ("blk.1.attn_q.score", 0.0),
+    ],
+)
+def test_wrong_numbers(tensor: str, value: float, packed: Path, tmp_path: Path) -> None:
+    data = bytearray(packed.read_bytes())
+    place = next(t for t in gguf.GGUFReader(packed).tensors if t.name == tensor).data_offset
+    data[place + 4 : place + 8] = struct.pack("<f", value)
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(data)
+    with pytest.raises(amber.FileFormatError, match=f"{tensor}: expected finite"):
+        amber.Engine(path, sparse="8:16/norm@all")
+    if "score" in tensor:
+        amber.Engine(path, sparse="8:16@all").close()  # which has no use for it
+
+
+def test_other_alignment(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tool that rewrites the file with the usual 32 bytes would leave."""
+    monkeypatch.setattr(q, "ALIGNMENT", 32)
+    # An odd multiple of 32 bytes of header, or of an earlier tensor, puts a matrix off 64.
+    for extra in ("", "x" * 32):
+        source = q.Source(str(demo_model))
+        q.write_packed(
+            source, str(tmp_path / "m.gguf"), q.base_keys(source) | {"x": extra}, lambda *_: None
+        )
+        offsets = {t.data_offset % 64 for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+        if 32 in offsets:
+            break
+    with pytest.raises(amber.FileFormatError, match="64 bytes"):
+        amber.Engine(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(("plan", "words"), [("9:8", "9:8"), ("8:16#99", "99"), ("", "found")])
+def test_wrong_plan_in_the_file(plan: str, words: str, packed: Path, tmp_path: Path) -> None:
+    source = q.Source(str(packed))
+    path = tmp_path / "planned.gguf"
+    q.copy_with_keys(source, str(path), q.base_keys(source) | {"amber.plan": plan})
+    with pytest.raises(amber.FileFormatError, match="amber.plan") as caught:
+        amber.Engine(path)
+    assert words in str(caught.value)
+    amber.Engine(path, sparse="off").close()
+
+
+# ---- plans ----
+
+
+def test_a_plan_is_stored_measured_and_used(
+    demo_model: Path, packed: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out, report_file = tmp_path / "planned.gguf", tmp_path / "report.json"
+    done = command(
+        demo_model, out, "--sparse", "8:16x4t2", "--criterion", "amber", "--calibrate", text_file,
+        "-c", 64, "--report", report_file, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report == json.loads(report_file.read_text())
+    assert report["plan"] == "8:16x4t2/amber@down#0-7;8:16x4t2/amber@q,gate#0-7" or report[
+        "plan"
+    ].startswith("8:16x4t2/amber@q,gate,down#0-7")
+    # down and gate are as large; q is half of k and v together... counted from the shapes here.
+    with amber.Engine(demo_model) as engine:
+        i = engine.info
+    size = {"q": i.n_head, "k": i.n_head_kv, "v": i.n_head_kv, "o": i.n_head}
+    size = {name: heads * i.head_dim for name, heads in size.items()}
+    size |= dict.fromkeys(("gate", "up", "down"), i.n_ff)
+    share = (size["q"] + size["gate"] + size["down"]) / sum(size.values())
+    assert report["coverage"] == pytest.approx(share)
+    assert report["modelled_time"] == pytest.approx(1 - share * (1 - 0.074 - 0.48))
+    assert [row["up"] for row in report["layers"]] == ["dense"] * 8
+
+    with (
+        amber.Engine(out) as planned,
+        amber.Engine(out, sparse="off") as dense,
+        amber.Engine(demo_model, sparse="8:16x4t2/amber") as asked,
+        amber.Engine(demo_model) as plain,
+    ):
+        assert planned.info.sparse == "8:16x4t2 in 24/56 projections"
+        assert plain.info.sparse == dense.info.sparse == "off"
+        tokens = planned.tokenize(TEXT)[:99]
+        assert np.array_equal(planned.logits(tokens), asked.logits(tokens))
+        assert np.array_equal(dense.logits(tokens), plain.logits(tokens))
+        from amber.eval import evaluate
+
+        result = evaluate(asked, TEXT, ctx=64, chunks=8, against=plain)
+        for key in ("kl_mean", "perplexity", "kl_p99", "top1_agreement", "tokens"):
+            assert report[key] == pytest.approx(getattr(result, key)), key
+        assert float(planned.metadata["amber.plan.kl_mean"]) == report["kl_mean"]
+    assert amber.memory_estimate(out).scratch_bytes > 0
+
+    # Another plan for the same file, and none: the tensors are not made again.
+    again, bare = tmp_path / "again.gguf", tmp_path / "bare.gguf"
+    quantize(out, again, "--sparse", "2:4@down#1", "--calibrate", text_file, "-c", 64)
+    with amber.Engine(again) as engine:
+        assert engine.info.sparse == "2:4 in 1/56 projections"
+        assert engine.metadata["amber.source.name"] == "demo.gguf"
+    quantize(out, bare)
+    assert bare.read_bytes() == packed.read_bytes()
+
+
+def test_own_text(demo_model: Path, tmp_path: Path) -> None:
+    a = quantize(demo_model, tmp_path / "a", "--sparse", "8:16", "-c", 64, "--chunks", 2)
+    quantize(demo_model, tmp_path / "b", "--sparse", "8:16", "-c", 64, "--chunks", 2)
+    assert a["calibration"] == "the model's own text"
+    assert a["tokens"] == 2 * 31 and 0 < a["kl_mean"] < 10
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_skip(demo_model: Path, text_file: Path, tmp_path: Path) -> None:
+    common = ("--sparse", "8:16", "--calibrate", text_file, "-c", 64, "--skip")
+    given = quantize(demo_model, tmp_path / "a", *common, "0,6-7")
+    assert given["skipped"] == [0, 6, 7]
+    assert given["plan"] == "8:16@down#0-7;8:16@q,gate#1-5"
+    auto = quantize(demo_model, tmp_path / "b", *common, "auto")
+    worst = max(auto["sensitivity"], key=lambda row: row["kl"])
+    assert auto["coverage"] >= calibrate.AUTO_COVERAGE
+    if auto["skipped"]:
+        assert worst["layers"][0] in auto["skipped"]
+
+
+def test_budget(testdata: Path, tmp_path: Path) -> None:
+    """The cost stays within the budget, a larger budget is faster, and at the same cost the choice
+    is faster than one pattern for all."""
+    model = testdata / "models" / "stories260K-f32.gguf"
+    text = tmp_path / "text"
+    text.write_text((testdata / "text" / "tinystories-eval.txt").read_text()[:20000])
+    common = ("--calibrate", text, "-c", 128, "--chunks", 4)
+    fixed = quantize(model, tmp_path / "fixed", "--sparse", "12:16x4t2@all", *common)
+    small = quantize(model, tmp_path / "small", "--max-kl", fixed["kl_mean"] / 8, *common)
+    same = quantize(model, tmp_path / "same", "--max-kl", fixed["kl_mean"], *common)
+    assert small["kl_mean"] <= fixed["kl_mean"] / 8 and same["kl_mean"] <= fixed["kl_mean"]
+    assert same["modelled_time"] < small["modelled_time"] < 1
+    assert same["modelled_time"] < fixed["modelled_time"]
+    with amber.Engine(tmp_path / "same") as engine:
+        assert engine.info.coverage == pytest.approx(same["coverage"])
+        assert engine.info.sparse == same["sparse"]
+    only = quantize(
+        model, tmp_path / "only", "--max-kl", 0.01, "--sparse", "8:16/norm@down,up", *common
+    )
+    assert {row["projection"] for row in only["sensitivity"]} == {"down", "up"}
+    assert "/norm" in only["plan"] and "x4" not in only["plan"]
+
+
+def test_plan_text_round_trip(demo_model: Path) -> None:
+    with amber.Engine(demo_model) as engine:
+        info = engine.info
+    for text in (
+        "8:16",
+        "8:16/amber@q,gate#0-3,5; 2:4 @ down # 1,7",
+        "2:4@all;dense@o,up#2-4;12:16x4t2/var@k",
+    ):
+        plan = calibrate.expand(text, info, ())
+        assert calibrate.expand(calibrate.compact(plan), info, ()) == plan
+        with (
+            amber.Engine(demo_model, sparse=text) as a,
+            amber.Engine(demo_model, sparse=calibrate.compact(plan)) as b,
+        ):
+            assert a.info.coverage == pytest.approx(calibrate.coverage(plan, info))
+            assert np.array_equal(
+                a.logits("The wolf and the fox"), b.logits("The wolf and the fox")
+            )
+
+
+def test_presets_cover_what_the_paper_says() -> None:
+    """56.13 % and 57.59 % for Llama-3.1-8B and Qwen2-7B (arXiv 2508.02128)."""
+    for shape, heads, heads_kv, expected in (
+        ((32, 4096, 14336), 32, 8, 56.13),
+        ((28, 3584, 18944), 28, 4, 57.59),
+    ):
+        info = SimpleNamespace(
+            n_layer=shape[0], n_embd=shape[1], n_ff=shape[2], n_head=heads, n_head_kv=heads_kv,
+            head_dim=128,
+        )  # fmt: skip
+        plan = calibrate.expand("8:16", info, calibrate.PRESETS[shape])
+        assert round(100 * calibrate.coverage(plan, info), 2) == expected
+
+
+def test_longest_start_that_fits() -> None:
+    for count, limit, guess in itertools.product(range(1, 12), range(12), (0, 3, 20)):
+        asked: list[int] = []
+
+        def fits(n: int, asked: list[int] = asked, limit: int = limit) -> bool:
+            asked.append(n)
+            return n <= limit
+
+        assert calibrate.longest(count, guess, fits) == min(count, limit)
+        assert len(asked) == len(set(asked)) and all(0 < n <= count for n in asked)
+        assert len(asked) <= 2 * math.ceil(math.log2(count + 1)) + 2
+
+
+def test_steps_are_the_best_for_their_cost() -> None:
+    """Every plan along the sequence is, for the cost that it has, the fastest of all combinations:
+    the property of hulls, against trying all."""
+    info = SimpleNamespace(n_layer=1, n_embd=64, n_ff=96, n_head=4, n_head_kv=4, head_dim=16)
+    rng = np.random.default_rng(2)
+    patterns = calibrate.candidates(calibrate.read_pattern("8:16x4t2"))
+    choices = []
+    for name in ("q", "up", "down"):
+        choice = calibrate.Choice([0], name, patterns, {})
+        choice.kl = sorted(rng.exponential(1, len(patterns)), reverse=True)
+        choices.append(choice)
+    each = calibrate.work(info)
+    options = [
+        [(0.0, 0.0)]
+        + [(each[c.projection] * (1 - p.time), kl) for p, kl in zip(patterns, c.kl, strict=True)]
+        for c in choices
+    ]
+    every = [tuple(map(sum, zip(*combination, strict=True))) for combination in
+             itertools.product(*options)]  # fmt: skip
+    saved = cost = 0.0
+    for _, _, kl, time in calibrate.steps(choices, info):
+        saved, cost = saved + time, cost + kl
+        assert saved >= max(s for s, c in every if c <= cost + 1e-12) - 1e-9
+
+
+# ---- the command ----
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["--sparse", "9:8"], 1, "9:8"),
+        (["--sparse", "8:16@head"], 1, "head"),
+        (["--sparse", "auto"], 2, "auto"),
+        (["--sparse", "missing.json"], 1, "missing.json"),
+        (["--sparse", "8:16", "--skip", "77"], 1, "0-7"),
+        (["--sparse", "8:16", "--skip", "some"], 1, "preset, auto"),
+        (["--sparse", "8:16", "--calibrate", "missing.txt"], 1, "missing.txt"),
+        (["--skip", "auto"], 2, "--sparse"),
+        (["--criterion", "amber"], 2, "--sparse"),
+        (["--sparse", "8:16", "--criterion", "clact"], 1, "clact"),
+        (["--max-kl", "-1"], 2, "--max-kl"),
+        (["--max-kl", "0.1", "--sparse", "2:4+r32"], 1, "2:4+r32"),
+        (["--max-kl", "0.1", "--sparse", "8:16;2:4"], 1, "one pattern"),
+        (["--chunks", "0"], 2, "--chunks"),
+        (["--sparse", "8:16", "-c", "2"], 2, "--ctx"),
+    ],
+)
+def test_bad_arguments(
+    args: list[str], code: int, words: str, demo_model: Path, tmp_path: Path
+) -> None:
+    done = command(demo_model, tmp_path / "out.gguf", *args)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("amber-quantize: ") and words in done.stderr
+    assert done.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+def test_short_text_and_bad_files(demo_model: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "short.txt", tmp_path / "out.gguf"
+    text.write_text("One two three.")
+    done = command(demo_model, out, "--sparse", "8:16", "--calibrate", text)
+    assert done.returncode == 1 and "512 tokens" in done.stderr
+    done = command(text, out)
+    assert done.returncode == 1 and "short.txt" in done.stderr
+    done = command(tmp_path / "none.gguf", out)
+    assert done.returncode == 1 and "none.gguf" in done.stderr
+    (tmp_path / "same.gguf").write_bytes(demo_model.read_bytes())
+    done = command(tmp_path / "same.gguf", tmp_path / "same.gguf")
+    assert done.returncode == 1 and "another file" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["same.gguf", "short.txt"]
