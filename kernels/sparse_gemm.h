@@ -79,17 +79,19 @@ typedef void (*amber_pack_nm_fn)(const struct amber_nm *nm, const struct amber_a
 typedef void (*amber_gemm_nm_fn)(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm,
                                  int panel0, int panel1);
 
-#define AMBER_NM_OPERATIONS(isa)                                                                   \
-    void amber_pack_nm_##isa(const struct amber_nm *nm, const struct amber_a8 *a, int pair0,       \
-                             int pair1);                                                           \
-    void amber_gemm_nm_##isa(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm,           \
-                             int panel0, int panel1)
-
-AMBER_NM_OPERATIONS(ref);
+void amber_pack_nm_ref(const struct amber_nm *nm, const struct amber_a8 *a, int pair0, int pair1);
+void amber_gemm_nm_ref(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm, int panel0,
+                       int panel1);
 #if defined(__x86_64__)
-AMBER_NM_OPERATIONS(avx2);
-AMBER_NM_OPERATIONS(avxvnni);
-AMBER_NM_OPERATIONS(avx512vnni);
+void amber_pack_nm_avx2(const struct amber_nm *nm, const struct amber_a8 *a, int pair0, int pair1);
+void amber_pack_nm_avx512vnni(const struct amber_nm *nm, const struct amber_a8 *a, int pair0,
+                              int pair1);
+void amber_gemm_nm_avx2(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm, int panel0,
+                        int panel1);
+void amber_gemm_nm_avxvnni(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm, int panel0,
+                           int panel1);
+void amber_gemm_nm_avx512vnni(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm,
+                              int panel0, int panel1);
 #endif
 
 #endif

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import amber
-from amber import calibrate
+from amber import calibrate, permute
 from amber import quantize as q
-from numpy_llama import NumpyLlama, channel_factors, round_rows
+from amber.eval import evaluate
+from numpy_llama import PROJECTIONS, NumpyLlama, channel_factors, round_rows
 
 TEXT = "There was once a king who had three sons, and the youngest went into the wood. " * 8
 PLANS = ("off", "8:16", "2:4/norm@all", "8:16x4t2/amber/var@all", "8:16/amber-b/dpts@all")
@@ -319,8 +320,6 @@ def test_a_plan_is_stored_measured_and_used(
         tokens = planned.tokenize(TEXT)[:99]
         assert np.array_equal(planned.logits(tokens), asked.logits(tokens))
         assert np.array_equal(dense.logits(tokens), plain.logits(tokens))
-        from amber.eval import evaluate
-
         result = evaluate(asked, TEXT, ctx=64, chunks=8, against=plain)
         for key in ("kl_mean", "perplexity", "kl_p99", "top1_agreement", "tokens"):
             assert report[key] == pytest.approx(getattr(result, key)), key
@@ -497,3 +496,132 @@ def test_short_text_and_bad_files(demo_model: Path, tmp_path: Path) -> None:
     done = command(tmp_path / "same.gguf", tmp_path / "same.gguf")
     assert done.returncode == 1 and "another file" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["same.gguf", "short.txt"]
+
+
+# ---- channel orders ----
+
+
+@pytest.fixture(scope="module")
+def source(testdata: Path) -> q.Source:
+    return q.Source(str(testdata / "models" / "stories260K-f32.gguf"))
+
+
+def random_orders(source: q.Source, residual: bool) -> permute.Orders:
+    """Any order at all, for a model whose heads share values in groups."""
+    f = permute.Forward(source)
+    rng = np.random.default_rng(0)
+    n_embd = int(source.tensors["token_embd.weight"].shape[0])
+    n_ff = int(source.tensors["blk.0.ffn_up.weight"].shape[1])
+    orders = permute.Orders(rng.permutation(n_embd) if residual else np.arange(n_embd))
+    per_kv = f.n_head // f.n_head_kv
+    for _ in range(f.n_layer):
+        heads = [rng.permutation(f.head_dim) for _ in range(f.n_head_kv)]
+        orders.values.append(np.concatenate([g * f.head_dim + p for g, p in enumerate(heads)]))
+        orders.outputs.append(
+            np.concatenate([h * f.head_dim + heads[h // per_kv] for h in range(f.n_head)])
+        )
+        orders.ffn.append(rng.permutation(n_ff))
+    return orders
+
+
+@pytest.mark.parametrize("name", ["stories260K-f32", "stories3M-qwen2-f16", "stories3M-Q8_0"])
+def test_a_permuted_model_is_the_same_function(name: str, testdata: Path, tmp_path: Path) -> None:
+    """INT8 and a float16 cache in both. Orders within heads and feed-forward change no bit. That of
+    the residual stream changes roundings: of float sums, and for Q8_0 of the embedding to F16."""
+    path = testdata / "models" / f"{name}.gguf"
+    logits = []
+    for orders in (None, False, True):
+        source = q.Source(str(path))
+        source.orders = None if orders is None else random_orders(source, residual=orders)
+        out = tmp_path / "out.gguf"
+        q.write_packed(source, str(out), q.base_keys(source), lambda *_: None)
+        for precision in ("int8", "float"):
+            with amber.Engine(out, precision=precision) as engine:
+                logits.append(engine.logits(engine.tokenize(TEXT)[:60], all=True))
+    plain, plain_float, inner, inner_float, every, every_float = logits
+
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.median(np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)))
+
+    if "Q8_0" not in name:  # whose embedding is F16 here as soon as there is any order
+        assert np.array_equal(inner, plain)
+        assert distance(inner_float, plain_float) < 1e-5
+        assert distance(every_float, plain_float) < 1e-5
+    # F16 rounds the embedding by 2^-12 on average; layers carry that on.
+    assert distance(every_float, plain_float) < 2e-3
+    # In INT8 both are roundings of that function, one as near to it as the other.
+    assert distance(every, plain_float) < 1.5 * distance(plain, plain_float)
+
+
+def test_forward_equals_the_oracle(source: q.Source) -> None:
+    """The activations that choose an order, against numpy float64: rounding of float32."""
+    oracle = NumpyLlama(Path(source.path))
+    tokens = amber.Tokenizer(source.path).encode(TEXT)[:64]
+    seen: dict[tuple[int, str], list[np.ndarray]] = {}
+    forward = permute.Forward(source)
+    forward._weighted = lambda x, *_: x.reshape(-1, x.shape[-1])
+    forward.run(
+        [tokens[:32], tokens[32:]],
+        lambda il, what, rows: seen.setdefault((il, what), []).append(rows),
+        lambda *_: None,
+    )
+    last = oracle.layers - 1
+    for i, window in enumerate((tokens[:32], tokens[32:])):
+        inputs: dict[str, np.ndarray] = {}
+        x = oracle.t["token_embd.weight"][window]
+        for il in range(oracle.layers):
+            w = {k: oracle.t[f"blk.{il}.{n}.weight"] for k, n in PROJECTIONS.items()}
+            z = inputs["attn"] = oracle.norm(x, f"blk.{il}.attn_norm.weight")
+            z = inputs["heads"] = oracle.attention(*(z @ w[p].T for p in "qkv"))
+            x = x + z @ w["o"].T
+            z = inputs["residual"] = oracle.norm(x, f"blk.{il}.ffn_norm.weight")
+            gate = z @ w["gate"].T
+            z = inputs["ffn"] = gate / (1 + np.exp(-gate)) * (z @ w["up"].T)
+            x = x + z @ w["down"].T
+        for what, rows in (("heads", 0), ("residual", 1), ("ffn", 0)):
+            ours = seen[last, what][rows][32 * i : 32 * i + 32]
+            distance = np.linalg.norm(ours - inputs[what]) / np.linalg.norm(inputs[what])
+            assert distance < 1e-4, what
+
+
+@pytest.mark.parametrize("k", [4, 32, 64, 200, 288, 30])
+def test_order_is_a_permutation_in_blocks(k: int) -> None:
+    """And it finds what was hidden: channels that rise together, strewn about."""
+    rng = np.random.default_rng(k)
+    hidden = rng.permutation(k)
+    loud = rng.exponential(1, (4000, -(-k // 4)))
+    x = np.repeat(loud, 4, axis=1)[:, :k] * rng.uniform(0.9, 1.1, (4000, k))
+    for centred in (True, False):
+        order = permute.order(permute.together(x[:, hidden], centred))
+        assert sorted(order) == list(range(k))
+        if k % 4 == 0:
+            assert all(len(set(block)) == 1 for block in (hidden[order] // 4).reshape(-1, 4))
+        else:
+            assert np.array_equal(order, np.arange(k))
+
+
+def test_permute_keeps_more(testdata: Path, tmp_path: Path) -> None:
+    """Down and o, whose orders keep the most energy, cost less under the same block pattern, on
+    text that did not choose the order. The dense perplexity moves by INT8 rounding alone."""
+    model = testdata / "models" / "stories3M-f16.gguf"
+    story = (testdata / "text" / "tinystories-eval.txt").read_text()
+    ours, other = tmp_path / "ours.txt", story[60000:80000]
+    ours.write_text(story[:30000])
+    report = quantize(model, tmp_path / "new", "--permute", "--calibrate", ours, "-c", 128)
+    assert report["permuted"] is True
+    quantize(model, tmp_path / "old")
+    cost = {}
+    for name in ("old", "new"):
+        with (
+            amber.Engine(tmp_path / name, sparse="8:16x4t2@o,down") as sparse,
+            amber.Engine(tmp_path / name, sparse="off") as dense,
+        ):
+            cost[name] = evaluate(sparse, other, ctx=128, chunks=12, against=dense)
+    assert cost["new"].kl_mean < 0.95 * cost["old"].kl_mean
+    change = cost["new"].reference_perplexity / cost["old"].reference_perplexity
+    assert change == pytest.approx(1, abs=0.01)
+
+
+def test_permute_wants_a_source(packed: Path, text_file: Path, tmp_path: Path) -> None:
+    done = command(packed, tmp_path / "x.gguf", "--permute", "--calibrate", text_file, "-c", 64)
+    assert done.returncode == 1 and "--permute" in done.stderr

@@ -31,6 +31,10 @@ static bool kernels_avx2(struct amber_kernels *k) {
     fill_rows_avx2(k);
     k->prune = amber_prune_avx2;
     k->gemm_w8a8 = amber_gemm_w8a8_avx2;
+    k->pack_nm = amber_pack_nm_avx2;
+    k->gemm_nm = amber_gemm_nm_avx2;
+    k->nm_most[0] = 13;
+    k->nm_most[1] = 14;
     return true;
 }
 
@@ -38,6 +42,7 @@ static bool kernels_avxvnni(struct amber_kernels *k) {
     if (!amber_cpu_detect().avxvnni || !kernels_avx2(k)) return false;
     k->isa = "avxvnni";
     k->gemm_w8a8 = amber_gemm_w8a8_avxvnni;
+    k->gemm_nm = amber_gemm_nm_avxvnni;
     return true;
 }
 

@@ -88,6 +88,14 @@ INLINE void pass_of(const struct pass *t, const int panels) {
                 _mm_prefetch((const char *)ahead, _MM_HINT_T1);
             }
         }
+        if (t->last) { /* the results' lines arrive while the sums grow */
+            float *y = g->y + amber_nm_row(t->nm, pair) * g->ldy + first_output;
+            const int64_t second = amber_nm_rows(t->nm, pair, g->a.rows) == 2 ? g->ldy : 0;
+            for (int p = 0; p < panels; p++) {
+                __builtin_prefetch(y + p * AMBER_PANEL, 1);
+                __builtin_prefetch(y + second + p * AMBER_PANEL, 1);
+            }
+        }
         if (t->first) {
             const int row = amber_nm_row(t->nm, pair);
             const bool two = amber_nm_rows(t->nm, pair, g->a.rows) == 2;
@@ -108,7 +116,6 @@ INLINE void pass_of(const struct pass *t, const int panels) {
             const int groups = WINDOWS == 1 || t->groups - done < 4 ? t->groups - done : 4;
             const int64_t entries = groups * keep, common = record[counts + t->window + window];
             int64_t i = 0;
-#pragma GCC unroll 4
             for (; i < common; i++) {
                 const int64_t o = from->oa[i] + window * PANEL_WINDOW;
                 const vi x = broadcast(from->xa[i]), z = broadcast(from->xb[i]);

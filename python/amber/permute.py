@@ -78,12 +78,21 @@ class Orders:
 # ---- orders from statistics ----
 
 
-def together(x: "np.ndarray") -> "np.ndarray":
-    """How much channels are large for the same tokens: [k, k] from x [tokens, k]."""
+def together(x: "np.ndarray", centred: bool) -> "np.ndarray":
+    """How much channels are large for the same tokens: [k, k] from x [tokens, k].
+
+    Plain, large channels go with large ones and small ones are left out for most tokens, which
+    keeps the most energy. Centred (the correlation of magnitudes), each channel goes with those
+    that it rises and falls with. The residual stream wants the latter: channels that hardly ever
+    survive cost it more than their energy says, in all of its readers.
+    """
     import numpy as np
 
     size = np.abs(x) / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + 1e-30)
-    return size.T @ size
+    if centred:
+        size -= size.mean(axis=0)
+        size /= np.sqrt(np.mean(size * size, axis=0) + 1e-12)
+    return size.T @ size / len(size)
 
 
 def blocks(shared: "np.ndarray") -> "np.ndarray":
@@ -258,11 +267,11 @@ def choose(
     def see(_il: int, what: str, rows: "np.ndarray") -> None:
         nonlocal residual
         if what == "residual":
-            residual = residual + together(rows)
+            residual = residual + together(rows, centred=True)
         elif what == "ffn":
-            orders.ffn.append(order(together(rows)))
+            orders.ffn.append(order(together(rows, centred=False)))
         else:
-            shared = together(rows)
+            shared = together(rows, centred=False)
             values, outputs = [], []
             for g in range(forward.n_head_kv):
                 heads = range(g * per_kv, (g + 1) * per_kv)
