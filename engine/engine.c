@@ -9,9 +9,13 @@
 
 #define MAX_THREADS 1024
 
-const char *amber_version(void) { return AMBER_VERSION; }
+const char *amber_version(void) {
+    return AMBER_VERSION;
+}
 
-const char *amber_isa_list(void) { return amber_kernels_list(); }
+const char *amber_isa_list(void) {
+    return amber_kernels_list();
+}
 
 void amber_engine_options_defaults(amber_engine_options *options) {
     *options = (amber_engine_options){.size = sizeof *options};
@@ -29,8 +33,9 @@ static amber_status resolve_options(const amber_engine_options *options, amber_e
         char *end;
         long n = strtol(threads, &end, 10);
         if (*end || n < 1 || n > MAX_THREADS)
-            return amber_fail(err, AMBER_ERR_ARGUMENT, "AMBER_THREADS: expected 1..%d, found \"%.40s\"",
-                              MAX_THREADS, threads);
+            return amber_fail(err, AMBER_ERR_ARGUMENT,
+                              "AMBER_THREADS: expected 1..%d, found \"%.40s\"", MAX_THREADS,
+                              threads);
         o->threads = (int32_t)n;
     }
     if (!o->threads) o->threads = amber_physical_cores();
@@ -38,8 +43,8 @@ static amber_status resolve_options(const amber_engine_options *options, amber_e
         return amber_fail(err, AMBER_ERR_ARGUMENT, "threads: expected 1..%d, found %d", MAX_THREADS,
                           o->threads);
     if (o->precision != AMBER_PRECISION_INT8 && o->precision != AMBER_PRECISION_FLOAT)
-        return amber_fail(err, AMBER_ERR_ARGUMENT, "precision: expected 0 (int8) or 1 (float), found %d",
-                          o->precision);
+        return amber_fail(err, AMBER_ERR_ARGUMENT,
+                          "precision: expected 0 (int8) or 1 (float), found %d", o->precision);
     if (o->sparse_first_n < 0)
         return amber_fail(err, AMBER_ERR_ARGUMENT, "sparse_first_n: expected >= 0, found %d",
                           o->sparse_first_n);
@@ -48,14 +53,15 @@ static amber_status resolve_options(const amber_engine_options *options, amber_e
     return AMBER_OK;
 }
 
-static amber_status select_kernels(const char *isa, struct amber_kernels *kernels, amber_error *err) {
+static amber_status select_kernels(const char *isa, struct amber_kernels *kernels,
+                                   amber_error *err) {
     if (amber_kernels_select(kernels, isa)) return AMBER_OK;
     return amber_fail(err, AMBER_ERR_DEVICE, "isa: expected one of \"%s\", found \"%.40s\"",
                       amber_kernels_list(), isa ? isa : "");
 }
 
-static amber_status open_parts(amber_engine *engine, const char *path, const amber_engine_options *o,
-                               amber_error *err) {
+static amber_status open_parts(amber_engine *engine, const char *path,
+                               const amber_engine_options *o, amber_error *err) {
     amber_status status = select_kernels(o->isa, &engine->kernels, err);
     if (status == AMBER_OK) status = amber_pool_new(o->threads, &engine->pool, err);
     struct gguf_file *file = NULL;
@@ -98,8 +104,8 @@ amber_status amber_engine_open(const char *path, const amber_engine_options *opt
     if (engine->log) {
         char text[160];
         snprintf(text, sizeof text, "%s: %s, %d layers, kernels %s, %d threads, %.1f MB of weights",
-                 engine->model.file->label, engine->model.shape.arch->name, engine->model.shape.n_layer,
-                 engine->kernels.isa, amber_pool_threads(engine->pool),
+                 engine->model.file->label, engine->model.shape.arch->name,
+                 engine->model.shape.n_layer, engine->kernels.isa, amber_pool_threads(engine->pool),
                  (double)engine->model.weight_bytes / 1e6);
         engine->log(engine->log_user, 2, text);
     }
@@ -146,7 +152,8 @@ static void list_types(const struct gguf_file *file, char *buf, size_t cap) {
     size_t at = 0;
     buf[0] = 0;
     for (int i = 0; i < n && at < cap; i++)
-        at += (size_t)snprintf(buf + at, cap - at, "%s%s", i ? " " : "", type_info(types[i].type)->name);
+        at += (size_t)snprintf(buf + at, cap - at, "%s%s", i ? " " : "",
+                               type_info(types[i].type)->name);
 }
 
 void amber_engine_get_info(const amber_engine *engine, amber_engine_info *info) {
@@ -191,8 +198,9 @@ int32_t amber_engine_meta_key(const amber_engine *engine, int32_t index, char *b
     return snprintf(buf, cap, "%.*s", (int)key.len, key.data);
 }
 
-amber_status amber_memory_estimate(const char *path, const amber_engine_options *options, int32_t n_ctx,
-                                   int32_t n_batch, amber_memory *memory, amber_error *err) {
+amber_status amber_memory_estimate(const char *path, const amber_engine_options *options,
+                                   int32_t n_ctx, int32_t n_batch, amber_memory *memory,
+                                   amber_error *err) {
     amber_engine_options o;
     struct amber_kernels kernels;
     amber_status status = resolve_options(options, &o, err);
@@ -213,14 +221,13 @@ amber_status amber_memory_estimate(const char *path, const amber_engine_options 
                             &plan, err);
     free(text);
     if (status == AMBER_OK)
-        status = session_estimate(&shape, floats, &plan, o.threads, &kernels, n_ctx,
-                                  n_batch, &full.kv_bytes, &full.scratch_bytes, err);
+        status = session_estimate(&shape, floats, &plan, o.threads, &kernels, n_ctx, n_batch,
+                                  &full.kv_bytes, &full.scratch_bytes, err);
     plan_free(&plan);
     free(shape.rope_freq);
     gguf_close(file);
     if (status != AMBER_OK) return status;
-    full.total_bytes =
-        full.weights_bytes + full.mapped_bytes + full.kv_bytes + full.scratch_bytes;
+    full.total_bytes = full.weights_bytes + full.mapped_bytes + full.kv_bytes + full.scratch_bytes;
     memcpy(memory, &full, memory->size < sizeof full ? memory->size : sizeof full);
     return AMBER_OK;
 }

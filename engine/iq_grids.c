@@ -1,4 +1,4 @@
-/* iq_grids.c: code books of the IQ1, IQ2 and IQ3 tensor types, constants of the file format.
+/* iq_grids.c: code books of the IQ1, IQ2 and IQ3 tensor types: constants of the format.
  * Written by tools/gen_iq_grids.py from the Python package gguf 0.19.0. */
 #include "iq_grids.h"
 

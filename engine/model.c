@@ -46,8 +46,12 @@ static void projections(const struct shape *s, struct projection p[N_PROJ]) {
     memcpy(p, table, sizeof table);
 }
 
-static int k_padded(int n_in) { return (int)amber_round_up(n_in, AMBER_K_ALIGN); }
-static int n_panels(int n_out) { return (n_out + AMBER_PANEL - 1) / AMBER_PANEL; }
+static int k_padded(int n_in) {
+    return (int)amber_round_up(n_in, AMBER_K_ALIGN);
+}
+static int n_panels(int n_out) {
+    return (n_out + AMBER_PANEL - 1) / AMBER_PANEL;
+}
 
 /* Bytes of a converted matrix. */
 static int64_t linear_bytes(int n_out, int n_in, bool float_weights) {
@@ -72,10 +76,11 @@ static amber_status find_weight(const struct gguf_file *file, const char *name, 
                           file->label, name, n_in, rows, t->ne[0], t->ne[1], t->ne[2]);
     const struct type_info *type = type_info(t->type);
     if (!type || !type->to_float)
-        return amber_fail(err, AMBER_ERR_UNSUPPORTED,
-                          "%s: tensor %s has type %s, which this version cannot read; Q8_0, Q6_K, Q4_K "
-                          "and their kin work",
-                          file->label, name, type ? type->name : "unknown");
+        return amber_fail(
+            err, AMBER_ERR_UNSUPPORTED,
+            "%s: tensor %s has type %s, which this version cannot read; Q8_0, Q6_K, Q4_K "
+            "and their kin work",
+            file->label, name, type ? type->name : "unknown");
     *out = t;
     return AMBER_OK;
 }
@@ -127,8 +132,10 @@ static void convert_work(void *ctx, int ith, int nth) {
         int first = panel * AMBER_PANEL, count = amber_min(AMBER_PANEL, c->n_out - first);
         float *dst = c->f32 ? c->f32 + (int64_t)first * c->n_in : rows;
         const uint8_t *src = c->tensor->data + (uint64_t)first * c->row_bytes;
-        if (c->packed) packed_rows(c->packed, first, count, dst);
-        else c->type->to_float(src, dst, (int64_t)count * c->n_in);
+        if (c->packed)
+            packed_rows(c->packed, first, count, dst);
+        else
+            c->type->to_float(src, dst, (int64_t)count * c->n_in);
         if (!c->f32) amber_pack_w8_panel(c->q, c->scale, rows, panel, count, c->n_in, c->k_pad);
     }
 }
@@ -214,8 +221,8 @@ static const float *weight_sums(struct loader *ld, const struct linear *w) {
     int outputs = n_panels(w->n_out) * AMBER_PANEL, groups = w->w8.k_pad / 4;
     float *sums = keep(ld->m, sizeof *sums * (size_t)outputs);
     for (int o = 0; sums && o < outputs; o++) {
-        const uint8_t *lane = w->w8.q + (int64_t)(o / AMBER_PANEL) * groups * AMBER_PANEL * 4 +
-                              o % AMBER_PANEL * 4;
+        const uint8_t *lane =
+            w->w8.q + (int64_t)(o / AMBER_PANEL) * groups * AMBER_PANEL * 4 + o % AMBER_PANEL * 4;
         int64_t sum = 0;
         for (int g = 0; g < groups; g++, lane += AMBER_PANEL * 4)
             for (int i = 0; i < 4; i++) sum += lane[i] - 128;
@@ -276,7 +283,8 @@ static amber_status load_layer(struct loader *ld, int il) {
 
     struct projection p[N_PROJ];
     projections(&ld->m->shape, p);
-    for (int i = 0; i < N_PROJ && status == AMBER_OK; i++) status = load_projection(ld, il, i, &p[i]);
+    for (int i = 0; i < N_PROJ && status == AMBER_OK; i++)
+        status = load_projection(ld, il, i, &p[i]);
     return status;
 }
 
@@ -358,12 +366,15 @@ static amber_status load_all(struct loader *ld, const char *sparse) {
     if (status != AMBER_OK) return status;
 
     m->layers = calloc((size_t)s->n_layer, sizeof *m->layers);
-    if (!m->layers) return no_memory(ld, "the layer table", (int64_t)sizeof *m->layers * s->n_layer);
+    if (!m->layers)
+        return no_memory(ld, "the layer table", (int64_t)sizeof *m->layers * s->n_layer);
     if (m->packed) packed_read_ahead(m->file);
-    for (uint64_t i = 0; i < m->file->n_tensors; i++) ld->total += (int64_t)m->file->tensors[i].size;
+    for (uint64_t i = 0; i < m->file->n_tensors; i++)
+        ld->total += (int64_t)m->file->tensors[i].size;
 
     for (int il = 0; il < s->n_layer && status == AMBER_OK; il++) status = load_layer(ld, il);
-    if (status == AMBER_OK) status = load_vector(ld, "output_norm.weight", s->n_embd, &m->output_norm);
+    if (status == AMBER_OK)
+        status = load_vector(ld, "output_norm.weight", s->n_embd, &m->output_norm);
     if (status != AMBER_OK) return status;
     return load_head(ld);
 }
@@ -407,8 +418,8 @@ amber_status model_estimate(const struct gguf_file *file, bool float_weights, st
     bool mapped = packed && !float_weights;
     *weight_bytes = (2 * s->n_layer + 1) * (int64_t)s->n_embd * (int64_t)sizeof(float) +
                     (mapped ? 0 : matrices);
-    *mapped_bytes = (int64_t)gguf_find_tensor(file, "token_embd.weight")->size +
-                    (mapped ? matrices : 0);
+    *mapped_bytes =
+        (int64_t)gguf_find_tensor(file, "token_embd.weight")->size + (mapped ? matrices : 0);
     return AMBER_OK;
 }
 

@@ -20,9 +20,9 @@ struct shape {
     int n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_rot, n_ctx_train;
     int window; /* positions a token sees, itself included; 0: all */
     float norm_eps;
-    float attn_scale;    /* 1 / sqrt(head_dim) */
-    float rope_mscale;   /* factor on cos and sin (YaRN) */
-    double *rope_freq;   /* [n_rot / 2] radians per position, scaling included; owned */
+    float attn_scale;  /* 1 / sqrt(head_dim) */
+    float rope_mscale; /* factor on cos and sin (YaRN) */
+    double *rope_freq; /* [n_rot / 2] radians per position, scaling included; owned */
 };
 
 /* y = x W^T + bias. Exactly one of w8.q and f32 is set, by the engine's precision. */
@@ -50,7 +50,7 @@ struct model {
     struct plan plan;
     int sparse_first_n; /* leading tokens that stay dense */
     double coverage;    /* share of the layers' multiplications with a sparse operand */
-    bool packed; /* an Amber GGUF: w8 and scores point into the mapping */
+    bool packed;        /* an Amber GGUF: w8 and scores point into the mapping */
     bool float_weights;
     int64_t n_params, weight_bytes;
     void **blocks; /* every allocation of the weights, for free */

@@ -7,7 +7,12 @@
 #include <string.h>
 
 /* Rows from which on products over lists are faster than dense ones. */
-enum { MIN_LISTED = 8 };
+enum { MIN_LISTED = 24 };
+
+/* Multiplications up to which one thread is done before the others have heard of the job: a few
+ * microseconds, as the hand-over takes, and a thousand times that where other programs hold the
+ * cores. */
+enum { MIN_SHARED = 1 << 17 };
 
 /* A job of one row does not pay the other threads' wake-up. */
 static void run_rows(struct batch *b, amber_work_fn work, void *ctx) {
@@ -114,8 +119,8 @@ static void choose_inputs(struct batch *b, const struct linear *const w[], int n
 }
 
 int plan_lists(const struct plan *plan, const struct amber_kernels *kernels) {
-    static const int groups[][4] = {{PROJ_Q, PROJ_K, PROJ_V, -1}, {PROJ_GATE, PROJ_UP, -1},
-                                    {PROJ_O, -1}, {PROJ_DOWN, -1}};
+    static const int groups[][4] = {
+        {PROJ_Q, PROJ_K, PROJ_V, -1}, {PROJ_GATE, PROJ_UP, -1}, {PROJ_O, -1}, {PROJ_DOWN, -1}};
     int most = 0;
     for (int il = 0; il < plan->n_layer; il++) {
         for (int g = 0; g < 4; g++) {
@@ -187,8 +192,8 @@ static void store_row(const struct batch *b, const struct activation *in, int r,
     if (in->f32)
         memcpy(in->f32 + (int64_t)r * b->n_in, row, sizeof *row * (size_t)b->n_in);
     else
-        b->kernels->quantize_row(in->a8.q + r * in->a8.stride, &in->a8.scale[r], &in->a8.sum[r], row,
-                                 b->n_in, in->a8.k_pad);
+        b->kernels->quantize_row(in->a8.q + r * in->a8.stride, &in->a8.scale[r], &in->a8.sum[r],
+                                 row, b->n_in, in->a8.k_pad);
 }
 
 /* One or two neighbouring rows under one rule: z = x - shift, prune, then what the rule gives back.
@@ -241,7 +246,8 @@ static void input_work(void *ctx, int ith, int nth) {
     int begin, end;
     amber_split(b->rows + odd, 2, ith, nth, &begin, &end);
     for (int first = begin; first < end; first += 2) {
-        int r0 = amber_max(first - odd, 0), r1 = amber_min(first - odd + 2, b->rows), rows = r1 - r0;
+        int r0 = amber_max(first - odd, 0), r1 = amber_min(first - odd + 2, b->rows),
+            rows = r1 - r0;
         for (int r = r0; r < r1; r++) job->make(b, job->source, r, x + (int64_t)(r - r0) * n);
         bool protected = r0 < first_pruned(b);
         for (int i = 0; i < b->n_inputs; i++) {
@@ -269,7 +275,8 @@ static void input_work(void *ctx, int ith, int nth) {
 }
 
 static void make_norm(struct batch *b, const void *source, int r, float *row) {
-    b->kernels->rmsnorm(row, b->x + (int64_t)r * b->n_in, source, b->n_in, b->model->shape.norm_eps);
+    b->kernels->rmsnorm(row, b->x + (int64_t)r * b->n_in, source, b->n_in,
+                        b->model->shape.norm_eps);
 }
 
 static void make_copy(struct batch *b, const void *source, int r, float *row) {
@@ -307,13 +314,20 @@ struct linear_job {
     bool add;
 };
 
-static void linear_part(const struct batch *b, const struct linear *w, float *y, bool add, int begin,
-                        int end) {
+static void linear_part(const struct batch *b, const struct linear *w, float *y, bool add,
+                        int begin, int end) {
     const struct activation *in = input_of(b, w);
     if (w->f32) {
-        struct amber_gemm_f32 g = {.w = w->f32, .bias = w->bias, .n_out = w->n_out, .n_in = w->n_in,
-                                   .x = in->f32, .ldx = b->n_in, .rows = b->rows,
-                                   .y = y, .ldy = w->n_out, .add = add};
+        struct amber_gemm_f32 g = {.w = w->f32,
+                                   .bias = w->bias,
+                                   .n_out = w->n_out,
+                                   .n_in = w->n_in,
+                                   .x = in->f32,
+                                   .ldx = b->n_in,
+                                   .rows = b->rows,
+                                   .y = y,
+                                   .ldy = w->n_out,
+                                   .add = add};
         b->kernels->gemm_f32(&g, begin, amber_min(end, w->n_out));
     } else {
         struct amber_gemm_w8a8 g = {.w = w->w8, .a = in->a8, .y = y, .ldy = w->n_out, .add = add};
@@ -343,14 +357,21 @@ static void linear_work(void *ctx, int ith, int nth) {
     }
 }
 
+static void run_linear(struct linear_job *job) {
+    int64_t work = 0;
+    for (int i = 0; i < job->n; i++) work += (int64_t)job->w[i]->n_out * job->w[i]->n_in;
+    if (work * job->b->rows < MIN_SHARED)
+        linear_work(job, 0, 1);
+    else
+        amber_pool_run(job->b->pool, linear_work, job);
+}
+
 void op_linear(struct batch *b, const struct linear *const w[], float *const y[], int n) {
-    struct linear_job job = {b, w, y, n, false};
-    amber_pool_run(b->pool, linear_work, &job);
+    run_linear(&(struct linear_job){b, w, y, n, false});
 }
 
 void op_linear_residual(struct batch *b, const struct linear *w) {
-    struct linear_job job = {b, (const struct linear *[]){w}, (float *[]){b->x}, 1, true};
-    amber_pool_run(b->pool, linear_work, &job);
+    run_linear(&(struct linear_job){b, (const struct linear *[]){w}, (float *[]){b->x}, 1, true});
 }
 
 /* ---- attention ---- */
@@ -429,13 +450,25 @@ static void attention_work(void *ctx, int ith, int nth) {
 void op_attention(struct batch *b, int il) {
     const struct shape *s = &b->model->shape;
     struct attention_job job = {.b = b, .il = il};
-    job.a = (struct amber_attention){.q = b->q, .out = b->attn, .k = kv_layer(b, il, false),
-                                     .v = kv_layer(b, il, true), .kv_f32 = b->kv_f32, .rows = b->rows,
-                                     .n_head = s->n_head, .n_head_kv = s->n_head_kv,
-                                     .head_dim = s->head_dim, .n_ctx = b->n_ctx, .pos0 = b->pos0,
-                                     .window = s->window, .scale = s->attn_scale};
+    job.a = (struct amber_attention){.q = b->q,
+                                     .out = b->attn,
+                                     .k = kv_layer(b, il, false),
+                                     .v = kv_layer(b, il, true),
+                                     .kv_f32 = b->kv_f32,
+                                     .rows = b->rows,
+                                     .n_head = s->n_head,
+                                     .n_head_kv = s->n_head_kv,
+                                     .head_dim = s->head_dim,
+                                     .n_ctx = b->n_ctx,
+                                     .pos0 = b->pos0,
+                                     .window = s->window,
+                                     .scale = s->attn_scale};
     job.units = b->kernels->attention_units(&job.a);
-    amber_pool_run(b->pool, attention_work, &job);
+    int64_t seen = (int64_t)b->rows * (b->pos0 + b->rows);
+    if (2 * seen * s->n_head * s->head_dim < MIN_SHARED)
+        attention_work(&job, 0, 1);
+    else
+        amber_pool_run(b->pool, attention_work, &job);
 }
 
 void op_keep_rows(struct batch *b, int first) {

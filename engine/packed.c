@@ -67,10 +67,11 @@ static amber_status check_floats(const struct gguf_file *file, const char *name,
                                  const float *v, int n, bool zero, amber_error *err) {
     for (int i = 0; i < n; i++)
         if (!isfinite(v[i]) || v[i] < 0 || (v[i] == 0 && !zero))
-            return amber_fail(err, AMBER_ERR_FORMAT,
-                              "%s: tensor %s.%s: expected finite values %s 0, found %g at %d (damaged "
-                              "file)",
-                              file->label, name, part, zero ? "from" : "above", (double)v[i], i);
+            return amber_fail(
+                err, AMBER_ERR_FORMAT,
+                "%s: tensor %s.%s: expected finite values %s 0, found %g at %d (damaged "
+                "file)",
+                file->label, name, part, zero ? "from" : "above", (double)v[i], i);
     return AMBER_OK;
 }
 
@@ -96,7 +97,8 @@ amber_status packed_matrix(const struct gguf_file *file, const char *name, int n
 amber_status packed_score(const struct gguf_file *file, const char *name, int n_in,
                           enum criterion criterion, const float **f, amber_error *err) {
     const uint8_t *data = NULL;
-    amber_status status = find_part(file, name, "score", TYPE_F32, (uint64_t)n_in, SCORES, &data, err);
+    amber_status status =
+        find_part(file, name, "score", TYPE_F32, (uint64_t)n_in, SCORES, &data, err);
     if (status != AMBER_OK) return status;
     *f = (const float *)(const void *)data + (int64_t)(criterion - CRITERION_NORM) * n_in;
     return check_floats(file, name, "score", *f, n_in, false, err);

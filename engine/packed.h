@@ -7,6 +7,9 @@
  *                          inputs padded to 64 (struct amber_w8 in kernels.h)
  *     amber.tied_output    the head was made from token_embd.weight
  *     amber.plan           the plan that sparse = "auto" means, as plan.h reads it; optional
+ *     amber.plan.*         what that plan cost when it was made: kl_mean, perplexity, ...; optional
+ *     amber.permuted       channels stand in another order than in the source
+ *     amber.source.*       name, size and SHA-256 of the source
  *     general.alignment    a multiple of 64
  *
  * and in place of every matrix NAME.weight of a linear layer, the head included:

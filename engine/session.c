@@ -19,8 +19,8 @@ static int widest_input(const struct shape *s) {
  * with the address of the pointer and the bytes; stops at the first false. */
 typedef bool (*buffer_fn)(void *user, void **at, int64_t bytes, bool is_kv);
 
-static bool each_input(struct activation *in, bool floats, int64_t rows, int64_t wide, buffer_fn each,
-                       void *user) {
+static bool each_input(struct activation *in, bool floats, int64_t rows, int64_t wide,
+                       buffer_fn each, void *user) {
     const int64_t f32 = sizeof(float), i32 = sizeof(int32_t);
     if (floats) return each(user, (void **)&in->f32, f32 * rows * wide, false);
     int64_t stride = amber_a8_stride((int)amber_round_up(wide, AMBER_K_ALIGN));
@@ -86,10 +86,11 @@ static bool make_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
 static amber_status set_sizes(const struct shape *s, int n_ctx, int n_batch, struct batch *b,
                               amber_error *err) {
     if (n_ctx < 0 || n_ctx > (1 << 28))
-        return amber_fail(err, AMBER_ERR_ARGUMENT, "n_ctx: expected 1..268435456 or 0, found %d", n_ctx);
+        return amber_fail(err, AMBER_ERR_ARGUMENT, "n_ctx: expected 1..268435456 or 0, found %d",
+                          n_ctx);
     if (n_batch < 0 || n_batch > MAX_BATCH)
-        return amber_fail(err, AMBER_ERR_ARGUMENT, "n_batch: expected 2..%d or 0, found %d", MAX_BATCH,
-                          n_batch);
+        return amber_fail(err, AMBER_ERR_ARGUMENT, "n_batch: expected 2..%d or 0, found %d",
+                          MAX_BATCH, n_batch);
     b->n_ctx = n_ctx ? n_ctx : amber_min(DEFAULT_CTX, s->n_ctx_train);
     b->n_batch = (int)amber_round_up(n_batch ? n_batch : DEFAULT_BATCH, 2);
     b->n_batch = amber_min(b->n_batch, (int)amber_round_up(b->n_ctx, 2));
@@ -160,13 +161,14 @@ amber_status amber_session_new(amber_engine *engine, const amber_session_options
         double held = (double)(session->kv_bytes + session->scratch_bytes) / 1e6;
         int64_t kv = 0, scratch = 0;
         session_estimate(&model->shape, model->float_weights, &model->plan,
-                         amber_pool_threads(b->pool), b->kernels, o.n_ctx, o.n_batch, &kv,
-                         &scratch, NULL);
+                         amber_pool_threads(b->pool), b->kernels, o.n_ctx, o.n_batch, &kv, &scratch,
+                         NULL);
         amber_session_free(session);
-        return amber_fail(err, AMBER_ERR_MEMORY,
-                          "session: a context of %d tokens needs %.1f MB, got %.1f MB (use a smaller "
-                          "context)",
-                          n_ctx, (double)(kv + scratch) / 1e6, held);
+        return amber_fail(
+            err, AMBER_ERR_MEMORY,
+            "session: a context of %d tokens needs %.1f MB, got %.1f MB (use a smaller "
+            "context)",
+            n_ctx, (double)(kv + scratch) / 1e6, held);
     }
     *out = session;
     return AMBER_OK;
@@ -194,8 +196,8 @@ static int batch_end(const struct batch *b, int pos, int n) {
 
 /* Computes tokens[session->n_past..n) and appends them. Logits of positions first_out..n-1 go to out
  * [(n - first_out), n_vocab]. After a cancellation the session holds the batches that were finished. */
-static amber_status extend(struct amber_session *session, const int32_t *tokens, int n, int first_out,
-                           float *out, amber_error *err) {
+static amber_status extend(struct amber_session *session, const int32_t *tokens, int n,
+                           int first_out, float *out, amber_error *err) {
     struct batch *b = &session->batch;
     const int n_vocab = b->model->shape.n_vocab;
     session->has_logits = false;
@@ -226,16 +228,19 @@ static amber_status extend(struct amber_session *session, const int32_t *tokens,
 static amber_status check_tokens(const struct amber_session *session, const int32_t *tokens, int n,
                                  amber_error *err) {
     int n_vocab = session->batch.model->shape.n_vocab;
-    if (n < 1) return amber_fail(err, AMBER_ERR_ARGUMENT, "prompt: expected at least 1 token, found 0");
+    if (n < 1)
+        return amber_fail(err, AMBER_ERR_ARGUMENT, "prompt: expected at least 1 token, found 0");
     if (n > session->batch.n_ctx)
-        return amber_fail(err, AMBER_ERR_CONTEXT,
-                          "prompt has %d tokens, context is %d (use a larger context or shorten the "
-                          "prompt)",
-                          n, session->batch.n_ctx);
+        return amber_fail(
+            err, AMBER_ERR_CONTEXT,
+            "prompt has %d tokens, context is %d (use a larger context or shorten the "
+            "prompt)",
+            n, session->batch.n_ctx);
     for (int i = 0; i < n; i++) {
         if (tokens[i] < 0 || tokens[i] >= n_vocab)
-            return amber_fail(err, AMBER_ERR_ARGUMENT, "token %d of the prompt: expected 0..%d, found %d",
-                              i, n_vocab - 1, tokens[i]);
+            return amber_fail(err, AMBER_ERR_ARGUMENT,
+                              "token %d of the prompt: expected 0..%d, found %d", i, n_vocab - 1,
+                              tokens[i]);
     }
     return AMBER_OK;
 }
@@ -246,7 +251,8 @@ amber_status amber_session_sync(amber_session *session, const int32_t *tokens, i
     if (status != AMBER_OK) return status;
 
     int common = 0;
-    while (common < n && common < session->n_past && tokens[common] == session->tokens[common]) common++;
+    while (common < n && common < session->n_past && tokens[common] == session->tokens[common])
+        common++;
     session->stats.cached_tokens = common;
     if (common == n && session->n_past == n && session->has_logits) return AMBER_OK;
     /* Logits come out of a computed row only, so a fully cached prompt computes its last one again. */
@@ -306,8 +312,8 @@ amber_status amber_session_score(amber_session *session, const int32_t *tokens, 
 
 amber_status amber_session_rewind(amber_session *session, int32_t n, amber_error *err) {
     if (n < 0 || n > session->n_past)
-        return amber_fail(err, AMBER_ERR_ARGUMENT, "rewind: expected 0..%d, found %d", session->n_past,
-                          n);
+        return amber_fail(err, AMBER_ERR_ARGUMENT, "rewind: expected 0..%d, found %d",
+                          session->n_past, n);
     if (n < session->n_past) session->has_logits = false;
     session->n_past = n;
     return AMBER_OK;
@@ -319,9 +325,13 @@ const float *amber_session_logits(const amber_session *session) {
     return session->has_logits ? session->logits : NULL;
 }
 
-int32_t amber_session_length(const amber_session *session) { return session->n_past; }
+int32_t amber_session_length(const amber_session *session) {
+    return session->n_past;
+}
 
-const int32_t *amber_session_tokens(const amber_session *session) { return session->tokens; }
+const int32_t *amber_session_tokens(const amber_session *session) {
+    return session->tokens;
+}
 
 void amber_session_get_stats(const amber_session *session, amber_session_stats *stats) {
     amber_session_stats full = session->stats;
@@ -333,4 +343,6 @@ void amber_session_get_stats(const amber_session *session, amber_session_stats *
     memcpy(stats, &full, stats->size < sizeof full ? stats->size : sizeof full);
 }
 
-void amber_session_reset_stats(amber_session *session) { session->stats = (amber_session_stats){0}; }
+void amber_session_reset_stats(amber_session *session) {
+    session->stats = (amber_session_stats){0};
+}

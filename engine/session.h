@@ -41,15 +41,15 @@ struct batch {
     int rows, pos0; /* rows at positions pos0 .. pos0 + rows - 1 */
     bool sparse;    /* prefill: the plan's rules apply; decode is dense */
     int n_ctx, n_batch;
-    float *x;           /* [rows, n_embd] residual stream */
-    float *q, *attn;    /* [rows, n_head * head_dim] */
-    float *k, *v;       /* [rows, n_head_kv * head_dim] */
-    float *gate, *up;   /* [rows, n_ff] */
-    float *cos, *sin;   /* [rows, n_rot / 2] */
+    float *x;         /* [rows, n_embd] residual stream */
+    float *q, *attn;  /* [rows, n_head * head_dim] */
+    float *k, *v;     /* [rows, n_head_kv * head_dim] */
+    float *gate, *up; /* [rows, n_ff] */
+    float *cos, *sin; /* [rows, n_rot / 2] */
     struct activation in[MAX_INPUTS];
     uint8_t *lists[MAX_INPUTS]; /* [pairs of rows, amber_nm_stride] for inputs that need them */
     int n_in, n_inputs;         /* row length and number of inputs in use */
-    uint8_t *row_scratch;  /* [threads, row_scratch_bytes] */
+    uint8_t *row_scratch;       /* [threads, row_scratch_bytes] */
     int64_t row_scratch_bytes;
     uint8_t *attn_scratch; /* [threads, kernels->attention_scratch] */
 
@@ -88,7 +88,8 @@ struct amber_session {
 /* Bytes of a session's cache and buffers; n_ctx and n_batch as in amber_session_options. */
 amber_status session_estimate(const struct shape *s, bool floats, const struct plan *plan,
                               int threads, const struct amber_kernels *kernels, int n_ctx,
-                              int n_batch, int64_t *kv_bytes, int64_t *scratch_bytes, amber_error *err);
+                              int n_batch, int64_t *kv_bytes, int64_t *scratch_bytes,
+                              amber_error *err);
 
 /* ---- forward.c ---- */
 

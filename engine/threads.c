@@ -20,11 +20,9 @@
 
 /* A decode step runs about ten short jobs per layer with a few microseconds between them. Waking a
  * parked thread costs more than such a job, so a worker spins this many pauses (some 100 us) before
- * it parks. */
+ * it parks, and so does the caller that waits for the last worker. Longer spinning would keep a core
+ * from the very thread that is waited for where other programs want the cores too. */
 #define SPIN_PAUSES 4000
-/* The caller's wait for the last worker gives its core away after this long: with more threads than
- * free cores the worker may need that very core. */
-#define SPIN_YIELD 20000
 
 struct amber_pool {
     int n_threads;
@@ -35,10 +33,11 @@ struct amber_pool {
     void *ctx;
     atomic_uint generation; /* odd steps of work: a new value starts the workers */
     atomic_int running;     /* workers that have not finished this generation */
-    atomic_int parked;
+    atomic_int parked;      /* workers that need the wake-up call */
+    atomic_bool waiting;    /* the caller needs the done call */
     atomic_bool stop;
     pthread_mutex_t lock;
-    pthread_cond_t wake;
+    pthread_cond_t wake, done;
 };
 
 struct worker {
@@ -70,8 +69,24 @@ static void *worker_main(void *arg) {
         seen = wait_for_work(self.pool, seen);
         if (atomic_load(&self.pool->stop)) return NULL;
         self.pool->work(self.pool->ctx, self.ith, self.pool->n_threads);
-        atomic_fetch_sub_explicit(&self.pool->running, 1, memory_order_release);
+        if (atomic_fetch_sub(&self.pool->running, 1) == 1 && atomic_load(&self.pool->waiting)) {
+            pthread_mutex_lock(&self.pool->lock);
+            pthread_cond_signal(&self.pool->done);
+            pthread_mutex_unlock(&self.pool->lock);
+        }
     }
+}
+
+static void wait_for_workers(struct amber_pool *pool) {
+    for (int i = 0; i < SPIN_PAUSES; i++) {
+        if (atomic_load_explicit(&pool->running, memory_order_acquire) == 0) return;
+        cpu_relax();
+    }
+    pthread_mutex_lock(&pool->lock);
+    atomic_store(&pool->waiting, true);
+    while (atomic_load(&pool->running) > 0) pthread_cond_wait(&pool->done, &pool->lock);
+    atomic_store(&pool->waiting, false);
+    pthread_mutex_unlock(&pool->lock);
 }
 
 static void start_generation(struct amber_pool *pool) {
@@ -90,6 +105,7 @@ amber_status amber_pool_new(int n_threads, struct amber_pool **out, amber_error 
     pool->n_threads = n_threads;
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->wake, NULL);
+    pthread_cond_init(&pool->done, NULL);
     pool->threads = calloc((size_t)n_threads, sizeof *pool->threads);
     for (int i = 1; pool->threads && i < n_threads; i++) {
         struct worker *self = malloc(sizeof *self);
@@ -118,6 +134,7 @@ void amber_pool_free(struct amber_pool *pool) {
     start_generation(pool);
     for (int i = 0; i < pool->n_started; i++) pthread_join(pool->threads[i], NULL);
     pthread_cond_destroy(&pool->wake);
+    pthread_cond_destroy(&pool->done);
     pthread_mutex_destroy(&pool->lock);
     free(pool->threads);
     free(pool);
@@ -137,12 +154,7 @@ void amber_pool_run(struct amber_pool *pool, amber_work_fn work, void *ctx) {
     atomic_store(&pool->running, pool->n_threads - 1);
     start_generation(pool);
     work(ctx, 0, pool->n_threads);
-    for (int i = 0; atomic_load_explicit(&pool->running, memory_order_acquire) > 0; i++) {
-        if (i < SPIN_YIELD)
-            cpu_relax();
-        else
-            sched_yield();
-    }
+    wait_for_workers(pool);
 }
 
 #if defined(__linux__)

@@ -1,4 +1,4 @@
-"""Shared fixtures. Test data lives beside the repository and is optional: a plain clone has none."""
+"""Shared fixtures. Test data lives beside the repository and is optional."""
 
 import os
 import shutil

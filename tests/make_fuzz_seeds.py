@@ -7,8 +7,9 @@ their first elements.
 import sys
 from pathlib import Path
 
-import gguf_bytes as gb
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
+
+import gguf_bytes as gb
 
 MOST = 60  # elements kept of an array: a seed should be a few kilobytes
 

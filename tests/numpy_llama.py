@@ -71,7 +71,9 @@ def round_rows(x: np.ndarray) -> np.ndarray:
     return np.rint(x / scale) * scale
 
 
-def sparse_linear(x: np.ndarray, w: np.ndarray, rule: Rule | None, int8: bool = False) -> np.ndarray:
+def sparse_linear(
+    x: np.ndarray, w: np.ndarray, rule: Rule | None, int8: bool = False
+) -> np.ndarray:
     """x [T, K], w [O, K] -> [T, O]; with int8, both operands rounded row by row."""
     wq = round_rows(w) if int8 else w
     if rule is None:

@@ -4,8 +4,9 @@ import json
 import struct
 import time
 
-import amber
 import pytest
+
+import amber
 from amber import chat
 from amber.chat import ChatTemplate
 

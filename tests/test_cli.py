@@ -7,8 +7,9 @@ import subprocess
 import sys
 import time
 
-import amber
 import pytest
+
+import amber
 
 RUN = [sys.executable, "-m", "amber"]
 PROMPT = "Once upon a time there was a little"

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import amber
 import gguf
 import numpy as np
 import pytest
+
+import amber
 from amber import bench
 from amber import eval as evaluation
 

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
+
 from gguf_bytes import ARRAY, STRING, Image, tiny_llama
 
 amber = pytest.importorskip("amber")

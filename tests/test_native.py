@@ -6,8 +6,9 @@ import signal
 import subprocess
 import time
 
-import amber
 import pytest
+
+import amber
 
 PROMPT = "Once upon a time there was a little"
 SLOW = ["--precision", "float", "-t", "1"]  # with AMBER_ISA=ref: some tokens a second

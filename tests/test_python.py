@@ -5,9 +5,10 @@ import subprocess
 import sys
 import threading
 
-import amber
 import numpy as np
 import pytest
+
+import amber
 from amber.generate import StopStrings
 
 PROMPT = "Once upon a time there was a little"

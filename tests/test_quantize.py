@@ -379,6 +379,17 @@ def test_budget(testdata: Path, tmp_path: Path) -> None:
     assert "/norm" in only["plan"] and "x4" not in only["plan"]
 
 
+def test_a_budget_that_nothing_fits(testdata: Path, text_file: Path, tmp_path: Path) -> None:
+    model, out = testdata / "models" / "stories260K-f32.gguf", tmp_path / "out.gguf"
+    done = command(
+        model, out, "--max-kl", 1e-9, "--sparse", "2:4@v", "--calibrate", text_file, "-c", 64
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the plan is dense" in done.stdout
+    with amber.Engine(out) as engine:
+        assert engine.info.sparse == "off" and engine.metadata["amber.plan"] == "off"
+
+
 def test_plan_text_round_trip(demo_model: Path) -> None:
     with amber.Engine(demo_model) as engine:
         info = engine.info

@@ -6,9 +6,10 @@ logits and the log-sum-exp.
 
 import json
 
-import amber
 import numpy as np
 import pytest
+
+import amber
 
 # All of float mode is float32, the KV cache too. A sum of K <= 768 products is off by about
 # sqrt(K) * 2^-24 = 2e-6 of its norm; some 45 such steps in a row add up like sqrt(45), to 1e-5. The

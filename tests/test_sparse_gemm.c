@@ -130,8 +130,8 @@ static struct problem problem(int rows, int first, int n_out, int k_pad, int kee
         for (int k = 0; k < k_pad; k++) {
             int v = kind == FULL ? 127 : (int)(random_bits() % 255) - 127;
             p.w[(int64_t)o * k_pad + k] = (int8_t)v;
-            q[((size_t)(o / 16) * (size_t)(k_pad / 4) + (size_t)(k / 4)) * 64 + o % 16 * 4 + k % 4] =
-                (uint8_t)(v + 128);
+            q[((size_t)(o / 16) * (size_t)(k_pad / 4) + (size_t)(k / 4)) * 64 + o % 16 * 4 +
+              k % 4] = (uint8_t)(v + 128);
         }
     }
     for (int o = 0; o < p.panels * 16; o++) {
@@ -210,7 +210,8 @@ static bool lists_hold(const struct problem *p, enum masks kind) {
             int width = a->k_pad - k < AMBER_NM_WINDOW ? a->k_pad - k : AMBER_NM_WINDOW;
             int entries = width / 64 * p->nm.keep, common = record[amber_nm_counts(a->k_pad) + i];
             const int8_t *x = a->q + row * a->stride + k;
-            if (common > entries || ((kind == SHARED || rows == 1) && common < entries)) return false;
+            if (common > entries || ((kind == SHARED || rows == 1) && common < entries))
+                return false;
             if (!list_holds(w->xa, w->oa, w->oa, common, entries, x, width)) return false;
             if (!list_holds(w->xb, w->oa, w->ob, common, entries, rows == 2 ? x + a->stride : zeros,
                             width))
@@ -254,7 +255,8 @@ static void test_products(void) {
             for (int k = 64; k <= 1024; k += keep == 8 ? 64 : 192)
                 check(1 + (int)(random_bits() % 9), (int)(random_bits() % 2),
                       1 + (int)(random_bits() % 200), k, keep, kind);
-    for (int n_out = 1; n_out <= 290; n_out += n_out < 40 ? 1 : 13) check(5, 1, n_out, 320, 8, MIXED);
+    for (int n_out = 1; n_out <= 290; n_out += n_out < 40 ? 1 : 13)
+        check(5, 1, n_out, 320, 8, MIXED);
     for (int rows = 1; rows <= 20; rows++)
         for (int first = 0; first < 2; first++) check(rows, first, 130, 192, 7, MIXED);
     check(97, 0, 257, 512, 8, PRIVATE); /* several blocks of pairs */
@@ -266,9 +268,9 @@ static void test_keep(void) {
     static const struct {
         const char *text;
         int keep;
-    } cases[] = {{"8:16x4", 8},   {"12:16x4t2", 12}, {"2:4x4", 8},  {"3:8x4t2", 6}, {"1:1x4", 16},
-                 {"1:2x4t2", 8},  {"8:16", 0},       {"8:32x4", 0}, {"2:3x4", 0},   {"dense", 0},
-                 {"2:4+r16", 0}, {"top50%", 0}};
+    } cases[] = {{"8:16x4", 8}, {"12:16x4t2", 12}, {"2:4x4", 8},   {"3:8x4t2", 6},
+                 {"1:1x4", 16}, {"1:2x4t2", 8},    {"8:16", 0},    {"8:32x4", 0},
+                 {"2:3x4", 0},  {"dense", 0},      {"2:4+r16", 0}, {"top50%", 0}};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct amber_pattern p;
         char why[160];
@@ -314,17 +316,30 @@ static void check_model(const char *path, const char *isa, const char *sparse, i
         fprintf(stderr, "    %s\n", err.msg);
         return;
     }
+    amber_memory memory = {.size = sizeof memory};
+    amber_session_stats stats = {.size = sizeof stats};
+    amber_session *s = NULL;
+    amber_session_options so;
+    amber_session_options_defaults(&so);
+    so.n_ctx = 100;
+    so.n_batch = 50;
+    CHECK_EQ(amber_memory_estimate(path, &o, 100, 50, &memory, NULL), AMBER_OK);
+    if (CHECK(amber_session_new(engine, &so, &s, NULL) == AMBER_OK)) {
+        amber_session_get_stats(s, &stats);
+        CHECK_EQ(stats.scratch_bytes, memory.scratch_bytes);
+        amber_session_free(s);
+    }
     const amber_gemm_nm_fn gemm = engine->kernels.gemm_nm;
     CHECK(gemm != NULL);
     for (int first = 1; first <= 30; first += 7) {
-        for (int n_batch = 16; n_batch <= 64; n_batch += 24) {
+        for (int n_batch = 32; n_batch <= 64; n_batch += 16) {
             engine->kernels.gemm_nm = gemm;
             logits_of(engine, n_batch, first, with);
             engine->kernels.gemm_nm = NULL; /* masks stay, zeros are multiplied */
             logits_of(engine, n_batch, first, without);
             if (!CHECK(memcmp(with, without, sizeof with) == 0))
-                fprintf(stderr, "    %s, %s, first_n %d, cut at %d, batch %d\n", isa, sparse, first_n,
-                        first, n_batch);
+                fprintf(stderr, "    %s, %s, first_n %d, cut at %d, batch %d\n", isa, sparse,
+                        first_n, first, n_batch);
         }
     }
     amber_engine_close(engine);
@@ -340,7 +355,8 @@ static void test_models(void) {
     for (int i = 0; i < n_versions; i++) {
         struct amber_kernels k;
         if (!amber_kernels_select(&k, versions[i].isa) || !k.gemm_nm) continue;
-        for (int p = 0; p < 5; p++) check_model(path, versions[i].isa, plans[p], p % 2 ? 3 : 0, 1 + p % 2);
+        for (int p = 0; p < 5; p++)
+            check_model(path, versions[i].isa, plans[p], p % 2 ? 3 : 0, 1 + p % 2);
         check_model(path, versions[i].isa, plans[0], 21, 2);
     }
     remove(path);

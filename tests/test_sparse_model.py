@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy_llama import NumpyLlama, Rule
 
 import amber
+from numpy_llama import NumpyLlama, Rule
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 POLICY = ("q", "gate", "down")
@@ -50,7 +50,12 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("text", "rule", "scope"), CASES, ids=[case[0] for case in CASES])
 def test_float_logits_equal_numpy(
-    text: str, rule: Rule, scope: tuple[str, ...], model: Path, oracle: NumpyLlama, tokens: list[int]
+    text: str,
+    rule: Rule,
+    scope: tuple[str, ...],
+    model: Path,
+    oracle: NumpyLlama,
+    tokens: list[int],
 ) -> None:
     """Float32 against float64. Rounding alone stays near 1e-6. A mask differs only where two scores
     agree to the last bits of float32, which moves one row by the smallest kept value: hence the
@@ -65,16 +70,18 @@ def test_float_logits_equal_numpy(
 
 
 @pytest.mark.parametrize(
-    ("text", "rule", "scope"), [("off", None, ()), *CASES], ids=["off", *(case[0] for case in CASES)]
+    ("text", "rule", "scope"),
+    [("off", None, ()), *CASES],
+    ids=["off", *(case[0] for case in CASES)],
 )
 def test_int8_logits_equal_numpy(
     text: str, rule: Rule | None, scope: tuple[str, ...], model: Path, tokens: list[int]
 ) -> None:
-    """INT8 with the rule's terms in the epilogue, against numpy with the same rounding: 1e-6 in most
-    rows. Where float32 and float64 fall on two sides of a rounding step (1/127 of a row's largest
-    value) or of a mask's threshold, a row goes its own way from there, and so do the later rows that
-    attend to it: hence many short prompts, and the median over their rows. One wrong term in the
-    epilogue moves every row by 0.1 and more."""
+    """INT8 with the rule's terms in the epilogue, against numpy with the same rounding: 1e-6 in
+    most rows. Where float32 and float64 fall on two sides of a rounding step (1/127 of a row's
+    largest value) or of a mask's threshold, a row goes its own way from there, and so do the later
+    rows that attend to it: hence many short prompts, and the median over their rows. One wrong
+    term in the epilogue moves every row by 0.1 and more."""
     oracle = NumpyLlama(model, int8=True)
     rules = {(il, name): rule for il in range(oracle.layers) for name in scope}
     rows = []

@@ -11,8 +11,9 @@ import threading
 import time
 import unicodedata
 
-import amber
 import pytest
+
+import amber
 import tokenizer_oracles as oracles
 from amber._lib import ffi, lib
 from gguf_bytes import BOOL, F32, I32, PIECES, STRING, U32, Image, bpe_vocabulary, spm_vocabulary

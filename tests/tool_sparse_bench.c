@@ -17,8 +17,8 @@
 
 enum { MAX_REPEATS = 200 };
 
-static const char *const patterns[] = {"dense",   "4:16x4t2", "8:16x4t2", "10:16x4t2", "12:16x4t2",
-                                       "4:16x4", "8:16x4",  "10:16x4",   "12:16x4"};
+static const char *const patterns[] = {"dense",  "4:16x4t2", "8:16x4t2", "10:16x4t2", "12:16x4t2",
+                                       "4:16x4", "8:16x4",   "10:16x4",  "12:16x4"};
 enum { N_PATTERNS = sizeof patterns / sizeof patterns[0] };
 
 struct config {
@@ -63,8 +63,8 @@ static void prepare(const struct amber_kernels *k, struct config *c, const float
         if (step == 2) {
             memcpy(z, row, sizeof *z * (size_t)n * (size_t)rows);
             for (int i = 0; i < rows; i += c->p.tokens)
-                k->prune(&c->p, z + (int64_t)i * n, n, c->p.tokens < rows ? c->p.tokens : rows, NULL, n,
-                         z + 2 * (int64_t)n);
+                k->prune(&c->p, z + (int64_t)i * n, n, c->p.tokens < rows ? c->p.tokens : rows,
+                         NULL, n, z + 2 * (int64_t)n);
             row = z;
         }
         for (int i = 0; i < rows; i++)
@@ -178,7 +178,8 @@ static void compare(const struct amber_kernels *k, int n_out, int n_in, int rows
 int main(int argc, char **argv) {
     struct amber_kernels k;
     if (argc < 2 || !amber_kernels_select(&k, argv[1]) || !k.gemm_nm) {
-        fprintf(stderr, "usage: tool_sparse_bench ISA [REPEATS [ROWS]]; the ISA must have gemm_nm\n");
+        fprintf(stderr,
+                "usage: tool_sparse_bench ISA [REPEATS [ROWS]]; the ISA must have gemm_nm\n");
         return 2;
     }
     int repeats = argc > 2 ? atoi(argv[2]) : 20, rows = argc > 3 ? atoi(argv[3]) : 512;

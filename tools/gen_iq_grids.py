@@ -30,7 +30,7 @@ def codes(name: str, bits: int) -> list[int]:
 
 def main() -> None:
     print(
-        "/* iq_grids.c: code books of the IQ1, IQ2 and IQ3 tensor types, constants of the file format.\n"
+        "/* iq_grids.c: code books of the IQ1, IQ2 and IQ3 tensor types: constants of the format.\n"
         f" * Written by tools/gen_iq_grids.py from the Python package gguf {version('gguf')}. */\n"
         '#include "iq_grids.h"\n'
     )

@@ -33,8 +33,8 @@ static bool kernels_avx2(struct amber_kernels *k) {
     k->gemm_w8a8 = amber_gemm_w8a8_avx2;
     k->pack_nm = amber_pack_nm_avx2;
     k->gemm_nm = amber_gemm_nm_avx2;
-    k->nm_most[0] = 13;
-    k->nm_most[1] = 14;
+    k->nm_most[0] = 12;
+    k->nm_most[1] = 13;
     return true;
 }
 
@@ -54,8 +54,8 @@ static bool kernels_avx512vnni(struct amber_kernels *k) {
     k->gemm_w8a8 = amber_gemm_w8a8_avx512vnni;
     k->pack_nm = amber_pack_nm_avx512vnni;
     k->gemm_nm = amber_gemm_nm_avx512vnni;
-    k->nm_most[0] = 12;
-    k->nm_most[1] = 13;
+    k->nm_most[0] = 11;
+    k->nm_most[1] = 12;
     return true;
 }
 

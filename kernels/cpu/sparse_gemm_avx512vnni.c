@@ -10,12 +10,24 @@
 #define START(sum)      _mm512_set1_epi32(-128 * (sum)) /* the weights are stored as w + 128 */
 
 typedef __m512i weights;
-static inline weights weights_at(const uint8_t *p) { return _mm512_load_si512(p); }
-static inline vi dot(vi acc, weights w, vi x) { return _mm512_dpbusd_epi32(acc, w, x); }
-static inline vi broadcast(int32_t x) { return _mm512_set1_epi32(x); }
-static inline vi sums_load(const int32_t *p) { return _mm512_load_si512(p); }
-static inline void sums_store(int32_t *p, vi v) { _mm512_store_si512(p, v); }
-static inline vf floats(vi v) { return _mm512_cvtepi32_ps(v); }
+static inline weights weights_at(const uint8_t *p) {
+    return _mm512_load_si512(p);
+}
+static inline vi dot(vi acc, weights w, vi x) {
+    return _mm512_dpbusd_epi32(acc, w, x);
+}
+static inline vi broadcast(int32_t x) {
+    return _mm512_set1_epi32(x);
+}
+static inline vi sums_load(const int32_t *p) {
+    return _mm512_load_si512(p);
+}
+static inline void sums_store(int32_t *p, vi v) {
+    _mm512_store_si512(p, v);
+}
+static inline vf floats(vi v) {
+    return _mm512_cvtepi32_ps(v);
+}
 
 #include "sparse_gemm_body.h"
 
@@ -61,7 +73,6 @@ INLINE int pack_window(struct amber_nm_window *to, const int8_t *a, const int8_t
     __m512i va[4] = {0}, vb[4] = {0};
     struct masks m = {0};
     int common = 0;
-#pragma GCC unroll 4
     for (int g = 0; g < groups; g++) {
         va[g] = _mm512_load_si512(a + g * AMBER_NM_GROUP);
         vb[g] = b ? _mm512_load_si512(b + g * AMBER_NM_GROUP) : _mm512_setzero_si512();
@@ -77,32 +88,22 @@ INLINE int pack_window(struct amber_nm_window *to, const int8_t *a, const int8_t
         common += __builtin_popcount(m.common[g]);
     }
     if (common == entries) {
-#pragma GCC unroll 4
         for (int g = 0; g < groups; g++) xa = put(xa, m.common[g], va[g]);
-#pragma GCC unroll 4
         for (int g = 0; g < groups; g++) xb = put(xb, m.common[g], vb[g]);
-#pragma GCC unroll 4
         for (int g = 0; g < groups; g++)
             oa = put_offsets(oa, m.common[g], _mm512_add_epi32(lanes, _mm512_set1_epi32(g * 1024)));
         return common;
     }
-#pragma GCC unroll 4
     for (int g = 0; g < groups; g++) xa = put(xa, m.common[g], va[g]);
-#pragma GCC unroll 4
     for (int g = 0; g < groups; g++) xa = put(xa, m.a[g] & ~m.common[g], va[g]);
-#pragma GCC unroll 4
     for (int g = 0; g < groups; g++) xb = put(xb, m.common[g], vb[g]);
-#pragma GCC unroll 4
     for (int g = 0; g < groups; g++) xb = put(xb, m.b[g] & ~m.common[g], vb[g]);
-#pragma GCC unroll 4
     for (int g = 0; g < groups; g++)
         oa = put_offsets(oa, m.common[g], _mm512_add_epi32(lanes, _mm512_set1_epi32(g * 1024)));
-#pragma GCC unroll 4
     for (int g = 0; g < groups; g++)
         oa = put_offsets(oa, m.a[g] & ~m.common[g],
                          _mm512_add_epi32(lanes, _mm512_set1_epi32(g * 1024)));
     ob += common;
-#pragma GCC unroll 4
     for (int g = 0; g < groups; g++)
         ob = put_offsets(ob, m.b[g] & ~m.common[g],
                          _mm512_add_epi32(lanes, _mm512_set1_epi32(g * 1024)));

@@ -11,19 +11,20 @@
  * pass over the weights while these are in L1; their sums wait in between in a buffer on the
  * stack. */
 #include "../sparse_gemm.h"
+#include "unroll.h"
 
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
 enum {
-    PER = AMBER_PANEL / VL,     /* vectors of a panel */
-    VECTORS = PANELS * PER,     /* of a row in a tile */
-    PAIR_BLOCK = 48,
+    PER = AMBER_PANEL / VL, /* vectors of a panel */
+    VECTORS = PANELS * PER, /* of a row in a tile */
+    PAIR_BLOCK = 64,
     PAIR_SUMS = 2 * PANELS * AMBER_PANEL,
     PANEL_WINDOW = AMBER_NM_WINDOW * AMBER_PANEL, /* bytes */
     BLOCK_LINES = WINDOWS * PANEL_WINDOW / 64,    /* cache lines of a panel in a block */
-    LISTS_BYTES = 3 << 18 /* lists that are passed over per sweep of the weights */
+    LISTS_BYTES = 3 << 18 /* of lists that are passed over per sweep of the weights */
 };
 
 /* What the pairs of a block have in common, for one block of inputs. */
@@ -55,6 +56,18 @@ INLINE void finish(const struct amber_gemm_w8a8 *g, int row, int o, vi acc) {
     }
 }
 
+/* Lists lie too far apart for hardware to foresee the next, and every address waits for them. */
+INLINE void fetch_list(const struct amber_nm_window *next, int64_t entries) {
+    for (int64_t i = 0; i < entries; i += 16) {
+        _mm_prefetch((const char *)(next->xa + i), _MM_HINT_T0);
+        _mm_prefetch((const char *)(next->xb + i), _MM_HINT_T0);
+    }
+    for (int64_t i = 0; i < entries; i += 32) {
+        _mm_prefetch((const char *)(next->oa + i), _MM_HINT_T0);
+        _mm_prefetch((const char *)(next->ob + i), _MM_HINT_T0);
+    }
+}
+
 /* All pairs of the block with a constant number of panels. The accumulators must be local to the
  * function that loops: as an array reference in a helper gcc 12 spills them. */
 INLINE void pass_of(const struct pass *t, const int panels) {
@@ -70,7 +83,7 @@ INLINE void pass_of(const struct pass *t, const int panels) {
     /* Panels are addressed as base + offset. The compiler must not see that the bases are equally
      * spaced: it would add up addresses in the loop, and where two threads share a core the number of
      * instructions limits the speed. */
-#pragma GCC unroll 8
+    UNROLL
     for (int p = 0; p < panels; p++) {
         w[p] = t->w + p * panel_bytes;
         __asm__("" : "+r"(w[p]));
@@ -100,13 +113,13 @@ INLINE void pass_of(const struct pass *t, const int panels) {
             const int row = amber_nm_row(t->nm, pair);
             const bool two = amber_nm_rows(t->nm, pair, g->a.rows) == 2;
             const vi sa = START(g->a.sum[row]), sb = START(two ? g->a.sum[row + 1] : 0);
-#pragma GCC unroll 8
+            UNROLL
             for (int v = 0; v < vectors; v++) {
                 a[v] = sa;
                 b[v] = sb;
             }
         } else {
-#pragma GCC unroll 8
+            UNROLL
             for (int v = 0; v < vectors; v++) {
                 a[v] = sums_load(sums + v * VL);
                 b[v] = sums_load(sums + (VECTORS + v) * VL);
@@ -116,10 +129,11 @@ INLINE void pass_of(const struct pass *t, const int panels) {
             const int groups = WINDOWS == 1 || t->groups - done < 4 ? t->groups - done : 4;
             const int64_t entries = groups * keep, common = record[counts + t->window + window];
             int64_t i = 0;
+            fetch_list((const void *)((const uint8_t *)from + t->nm->stride), entries);
             for (; i < common; i++) {
                 const int64_t o = from->oa[i] + window * PANEL_WINDOW;
                 const vi x = broadcast(from->xa[i]), z = broadcast(from->xb[i]);
-#pragma GCC unroll 8
+                UNROLL
                 for (int v = 0; v < vectors; v++) {
                     weights u = weights_at(w[v / PER] + o + v % PER * 4 * VL);
                     a[v] = dot(a[v], u, x);
@@ -130,7 +144,7 @@ INLINE void pass_of(const struct pass *t, const int panels) {
                 const int64_t o = from->oa[i] + window * PANEL_WINDOW;
                 const int64_t q = from->ob[i] + window * PANEL_WINDOW;
                 const vi x = broadcast(from->xa[i]), z = broadcast(from->xb[i]);
-#pragma GCC unroll 8
+                UNROLL
                 for (int v = 0; v < vectors; v++) {
                     a[v] = dot(a[v], weights_at(w[v / PER] + o + v % PER * 4 * VL), x);
                     b[v] = dot(b[v], weights_at(w[v / PER] + q + v % PER * 4 * VL), z);
@@ -141,13 +155,13 @@ INLINE void pass_of(const struct pass *t, const int panels) {
         if (t->last) {
             const int row = amber_nm_row(t->nm, pair);
             const bool two = amber_nm_rows(t->nm, pair, g->a.rows) == 2;
-#pragma GCC unroll 8
+            UNROLL
             for (int v = 0; v < vectors; v++) {
                 finish(g, row, first_output + v * VL, a[v]);
                 if (two) finish(g, row + 1, first_output + v * VL, b[v]);
             }
         } else {
-#pragma GCC unroll 8
+            UNROLL
             for (int v = 0; v < vectors; v++) {
                 sums_store(sums + v * VL, a[v]);
                 sums_store(sums + (VECTORS + v) * VL, b[v]);
@@ -199,7 +213,8 @@ static void block(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm, in
     enum { WIDTH = WINDOWS * AMBER_NM_WINDOW };
     const int k_pad = g->w.k_pad;
     const uint8_t *w = g->w.q + (int64_t)panel * k_pad * AMBER_PANEL;
-    struct pass t = {.g = g, .nm = nm, .sums = sums, .pair0 = pair0, .pair1 = pair1, .panel = panel};
+    struct pass t = {
+        .g = g, .nm = nm, .sums = sums, .pair0 = pair0, .pair1 = pair1, .panel = panel};
     for (int k = 0; k < k_pad; k += WIDTH) {
         const int width = k_pad - k < WIDTH ? k_pad - k : WIDTH;
         t.groups = width / AMBER_NM_GROUP;
@@ -225,7 +240,9 @@ void NAME(gemm_nm)(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm, i
                    int panel1) {
     const int pairs = amber_nm_pairs(g->a.rows, nm->first);
     if (panel0 >= panel1 || pairs == 0) return;
-    const int sweep = share(pairs, LISTS_BYTES / nm->stride);
+    /* Of a window the first `keep` of 16 places of each array are read. */
+    const int64_t used = (int64_t)sizeof(struct amber_nm_window) / 16 * nm->keep;
+    const int sweep = share(pairs, LISTS_BYTES / (used * amber_nm_windows(g->w.k_pad)));
     for (int sweep0 = 0; sweep0 < pairs; sweep0 += sweep) {
         const int sweep1 = pairs - sweep0 < sweep ? pairs : sweep0 + sweep;
         const int step = share(sweep1 - sweep0, PAIR_BLOCK);

@@ -31,8 +31,8 @@ static void choose(const int8_t *a, const int8_t *b, int keep, uint32_t masks[2]
     }
 }
 
-static int pack_window(struct amber_nm_window *to, const int8_t *a, const int8_t *b,
-                       int groups, int keep) {
+static int pack_window(struct amber_nm_window *to, const int8_t *a, const int8_t *b, int groups,
+                       int keep) {
     uint32_t masks[4][2];
     int common = 0;
     for (int g = 0; g < groups; g++) {
@@ -102,8 +102,8 @@ static int32_t row_dot(const struct amber_nm *nm, int k_pad, int pair, int secon
         int entries = groups * nm->keep, common = counts[w];
         const int32_t *x = second ? from->xb : from->xa;
         acc += window_dot(lane, x, from->oa, common);
-        acc += window_dot(lane, x + common, (second ? from->ob : from->oa) + common,
-                          entries - common);
+        acc +=
+            window_dot(lane, x + common, (second ? from->ob : from->oa) + common, entries - common);
         from++;
         lane += AMBER_NM_WINDOW * AMBER_PANEL;
     }

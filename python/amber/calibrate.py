@@ -21,7 +21,7 @@ from typing import Any
 
 from .engine import Engine, EngineInfo, memory_estimate
 from .errors import AmberError, ArgumentError
-from .eval import _blocks, _logits, evaluate, log_softmax, read_text
+from .eval import evaluate, log_softmax, read_text, row_blocks, window_logits
 from .sparse import plan_text
 from .tokenizer import Tokenizer
 
@@ -247,7 +247,8 @@ class Reference:
             self.windows = cut(engine.tokenizer, text, ctx, max(1, min(chunks, most)))
             with engine.session(n_ctx=ctx) as session:
                 self.logits = [
-                    _logits(session, window, ctx // 2, i) for i, window in enumerate(self.windows)
+                    window_logits(session, window, ctx // 2, i)
+                    for i, window in enumerate(self.windows)
                 ]
 
     def kl(self, plan: Plan) -> float:
@@ -262,8 +263,8 @@ class Reference:
             engine.session(n_ctx=self.ctx) as session,
         ):
             for i, (window, dense) in enumerate(zip(self.windows, self.logits, strict=True)):
-                sparse = _logits(session, window, self.ctx // 2, i)
-                for begin, end in _blocks(*dense.shape):
+                sparse = window_logits(session, window, self.ctx // 2, i)
+                for begin, end in row_blocks(*dense.shape):
                     truth = log_softmax(dense[begin:end])
                     ours = log_softmax(sparse[begin:end])
                     total += float(np.sum(np.exp(truth) * (truth - ours)))

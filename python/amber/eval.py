@@ -100,10 +100,10 @@ def evaluate(
                 window[0] = tokenizer.bos
             targets = np.array(window[first + 1 :])
             started = perf_counter()
-            logits = _logits(session, window, first, chunk)
+            logits = window_logits(session, window, first, chunk)
             seconds += perf_counter() - started
-            other = None if reference is None else _logits(reference, window, first, chunk)
-            for begin, end in _blocks(len(targets), logits.shape[1]):
+            other = None if reference is None else window_logits(reference, window, first, chunk)
+            for begin, end in row_blocks(len(targets), logits.shape[1]):
                 part = log_softmax(logits[begin:end])
                 picked = np.arange(end - begin), targets[begin:end]
                 losses.append(-part[picked])
@@ -138,7 +138,7 @@ def evaluate(
     )
 
 
-def _logits(session: Session, window: list[int], first: int, chunk: int) -> "np.ndarray":
+def window_logits(session: Session, window: list[int], first: int, chunk: int) -> "np.ndarray":
     """float32 logits [len(window) - first - 1, n_vocab] of positions first..len(window) - 2."""
     import numpy as np
 
@@ -148,7 +148,7 @@ def _logits(session: Session, window: list[int], first: int, chunk: int) -> "np.
     return logits
 
 
-def _blocks(rows: int, columns: int) -> list[tuple[int, int]]:
+def row_blocks(rows: int, columns: int) -> list[tuple[int, int]]:
     """Row ranges whose float64 rows take BLOCK_BYTES at most, or one row."""
     step = max(1, BLOCK_BYTES // (8 * columns))
     return [(begin, min(begin + step, rows)) for begin in range(0, rows, step)]

@@ -581,6 +581,8 @@ def summary(report: dict[str, Any]) -> str:
         f"{report['out']}: {report['out_bytes'] / 2**20:.1f} MiB from "
         f"{report['source_bytes'] / 2**20:.1f} MiB in {report['seconds']:.1f} s"
     )
+    if report["sparse"] == "off" and report.get("max_kl"):
+        line += f"\nno pattern stays within a KL of {report['max_kl']:g}: the plan is dense"
     if report["sparse"] != "off":
         change = 100 * (report["perplexity"] / report["dense_perplexity"] - 1)
         line += (
