@@ -100,7 +100,8 @@ TILES(1)
 TILES(2)
 TILES(3)
 TILES(4)
-TILES(5) TILES(6)
+TILES(5)
+TILES(6)
 
     static __attribute__((noinline)) void tile_to_l1(const struct tile *t) {
     tile_of(t, ROWS, PANELS, TO_L1);
