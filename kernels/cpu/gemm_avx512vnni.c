@@ -95,13 +95,10 @@ tile_of(const struct tile *t, const int rows, const int panels, const enum prefe
     static __attribute__((noinline)) void tile_##rows##x##panels(const struct tile *t) {           \
         tile_of(t, rows, panels, STREAM);                                                          \
     }
+/* clang-format off */
 #define TILES(rows) TILE(rows, 1) TILE(rows, 2) TILE(rows, 3) TILE(rows, 4)
-TILES(1)
-TILES(2)
-TILES(3)
-TILES(4)
-TILES(5)
-TILES(6)
+TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
+    /* clang-format on */
 
     static __attribute__((noinline)) void tile_to_l1(const struct tile *t) {
     tile_of(t, ROWS, PANELS, TO_L1);
