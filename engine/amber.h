@@ -113,6 +113,7 @@ typedef struct amber_engine_info {
     double load_seconds;
     char sparse[96]; /* what runs sparse in prefill, or "off" */
     double coverage; /* share of the layers' multiplications that have a sparse operand */
+    double skipped;  /* share of them that this machine's kernels leave out; the rest is computed */
 } amber_engine_info;
 
 typedef struct amber_memory {

@@ -176,6 +176,7 @@ void amber_engine_get_info(const amber_engine *engine, amber_engine_info *info) 
         .weight_bytes = m->weight_bytes,
         .load_seconds = engine->load_seconds,
         .coverage = m->coverage,
+        .skipped = model_skipped(m, &engine->kernels),
     };
     plan_describe(&m->plan, full.sparse, sizeof full.sparse);
     snprintf(full.architecture, sizeof full.architecture, "%s", s->arch->name);

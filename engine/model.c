@@ -304,6 +304,21 @@ static double plan_coverage(const struct plan *plan, const struct shape *s) {
     return sparse / total;
 }
 
+double model_skipped(const struct model *m, const struct amber_kernels *kernels) {
+    struct projection p[N_PROJ];
+    projections(&m->shape, p);
+    double skipped = 0, total = 0;
+    for (int il = 0; il < m->shape.n_layer; il++) {
+        for (int i = 0; i < N_PROJ; i++) {
+            double work = (double)p[i].n_out * p[i].n_in;
+            int keep = amber_nm_listed(kernels, &plan_rule(&m->plan, il, i)->pattern);
+            total += work;
+            if (keep && !m->float_weights) skipped += work * (16 - keep) / 16;
+        }
+    }
+    return skipped / total;
+}
+
 amber_status model_plan_text(const struct gguf_file *file, const char *sparse, char **out,
                              amber_error *err) {
     struct gguf_string text = {"off", 3};

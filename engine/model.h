@@ -66,6 +66,8 @@ const char *arch_list(void);
 amber_status model_load(struct gguf_file *file, const amber_engine_options *options,
                         struct amber_pool *pool, struct model *model, amber_error *err);
 void model_free(struct model *model);
+/* Share of the layers' multiplications that the plan saves with these kernels in a long prompt. */
+double model_skipped(const struct model *model, const struct amber_kernels *kernels);
 /* Bytes that model_load would hold for this file, without converting anything. */
 amber_status model_estimate(const struct gguf_file *file, bool float_weights, struct shape *shape,
                             int64_t *weight_bytes, int64_t *mapped_bytes, amber_error *err);

@@ -64,12 +64,6 @@ static const struct activation *input_of(const struct batch *b, const struct lin
     return &b->in[i];
 }
 
-/* Quads of 16 that lists name for a pattern; 0 where the kernels are no faster with lists. */
-static int listed_quads(const struct amber_kernels *kernels, const struct amber_pattern *p) {
-    int keep = kernels->gemm_nm ? amber_nm_keep(p) : 0;
-    return keep <= kernels->nm_most[p->tokens == 2] ? keep : 0;
-}
-
 /* The first row that a rule prunes: pairs of rows before it hold protected tokens. */
 static int first_pruned(const struct batch *b) {
     const int left = b->model->sparse_first_n - b->pos0, odd = b->pos0 % 2;
@@ -80,7 +74,7 @@ static void choose_lists(const struct batch *b, struct activation *in, int *n_li
     in->nm.keep = 0;
     in->listed_from = first_pruned(b);
     if (!in->of || b->model->float_weights || b->rows - in->listed_from < MIN_LISTED) return;
-    in->nm.keep = listed_quads(b->kernels, &in->of->rule->pattern);
+    in->nm.keep = amber_nm_listed(b->kernels, &in->of->rule->pattern);
     if (in->nm.keep == 0) return;
     in->nm.lists = b->lists[(*n_lists)++];
     in->nm.stride = amber_nm_stride(in->a8.k_pad);
@@ -126,7 +120,7 @@ int plan_lists(const struct plan *plan, const struct amber_kernels *kernels) {
         for (int g = 0; g < 4; g++) {
             int lists = 0;
             for (int i = 0; groups[g][i] >= 0; i++)
-                lists += listed_quads(kernels, &plan_rule(plan, il, groups[g][i])->pattern) > 0;
+                lists += amber_nm_listed(kernels, &plan_rule(plan, il, groups[g][i])->pattern) > 0;
             most = amber_max(most, lists);
         }
     }

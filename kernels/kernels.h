@@ -146,6 +146,12 @@ struct amber_kernels {
     size_t attention_scratch;
 };
 
+/* Quads of 16 that lists name for a pattern; 0 where the kernels are no faster with lists. */
+static inline int amber_nm_listed(const struct amber_kernels *k, const struct amber_pattern *p) {
+    int keep = k->gemm_nm ? amber_nm_keep(p) : 0;
+    return keep <= k->nm_most[p->tokens == 2] ? keep : 0;
+}
+
 /* Quantizes (by the rules of quantize_row) and packs weight panel `panel`: rows o = 16 * panel ..
  * of the float matrix, of which n_rows <= 16 exist. src [n_rows, n_in] float32; q, scale: the whole
  * matrix's. Portable C: it runs once per model. */

@@ -223,6 +223,20 @@ static void test_gemm_w8a8(void) {
     }
 }
 
+/* Results of several megabytes in aligned rows, which may be written around the caches. */
+static void test_gemm_w8a8_large(void) {
+    for (int i = 0; i < 4; i++) {
+        struct int8_case c = int8_case(1100, 1024, 65, 0);
+        c.g.ldy = 1024;
+        c.g.add = i == 3;
+        float *want = guarded((size_t)(c.g.a.rows * c.g.ldy) * 4);
+        int8_oracle(&c, want);
+        for (int j = 0; j < n_columns; j++)
+            CHECK(int8_run(&columns[j], &c, 0, i * 21, c.panels, want));
+        release();
+    }
+}
+
 static void test_gemm_w8a8_splits(void) {
     static const int rows[] = {1, 2, 7, 40, 100};
     for (int r = 0; r < 5; r++) {
@@ -734,6 +748,7 @@ int main(void) {
     test_select();
     printf("columns: %s\n", amber_kernels_list());
     test_gemm_w8a8();
+    test_gemm_w8a8_large();
     test_gemm_w8a8_splits();
     test_gemm_w8a8_nan();
     test_quantize_row();

@@ -66,6 +66,7 @@ class EngineInfo:
     has_chat_template: bool
     sparse: str  # what runs sparse in prefill, or "off"
     coverage: float  # share of the layers' multiplications that have a sparse operand
+    skipped: float  # share of them that this machine's kernels leave out in a long prompt
 
 
 @dataclass(frozen=True, slots=True)

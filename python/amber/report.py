@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from . import __version__
-from .engine import Engine
+from .engine import Engine, EngineInfo
 from .generate import Result
 
 
@@ -21,14 +21,22 @@ def mib(count: float) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
+def sparse_line(info: EngineInfo) -> str:
+    """What runs sparse in prefill, and whether that saves time on this machine."""
+    if info.skipped:
+        saved = f"{100 * info.skipped:.0f} % of the work skipped"
+    else:
+        saved = f"no time saved: {info.isa} has no kernel that skips this pattern"
+    return f"{info.sparse} ({100 * info.coverage:.0f} %; {saved})"
+
+
 def model_line(engine: Engine) -> str:
-    """amber 0.1.0  demo: llama 7.3M Q8_0 -> int8  ctx 1024  cpu avx512vnni 2 threads, and what runs
-    sparse in prefill: sparse 8:16 in 24/56 projections (58 %)"""
+    """amber 0.1.0  demo: llama 7.3M Q8_0 -> int8  ctx 1024  cpu avx512vnni 2 threads"""
     info = engine.info
     name = os.path.basename(info.path).removesuffix(".gguf")
     types = [kind for kind in info.weight_types.split() if kind != "F32"] or ["F32"]
     threads = f"{info.threads} thread{'s' if info.threads != 1 else ''}"
-    sparse = f"  sparse {info.sparse} ({100 * info.coverage:.0f} %)" if info.coverage else ""
+    sparse = f"  sparse {sparse_line(info)}" if info.coverage else ""
     return (
         f"amber {__version__}  {name}: {info.architecture} {human(info.n_params)} "
         f"{'+'.join(types)} -> {info.precision}  ctx {info.n_ctx}  "
@@ -51,7 +59,7 @@ def info_lines(engine: Engine) -> list[str]:
         f"device        {info.device}, {info.isa}, {info.threads} threads",
         f"memory        weights {mib(info.weight_bytes)}, KV cache {mib(info.kv_bytes)}, "
         f"scratch {mib(info.scratch_bytes)}, file {mib(info.file_bytes)}",
-        f"sparse        {info.sparse}, {100 * info.coverage:.2f} % of the layers' multiplications",
+        f"sparse        {sparse_line(info) if info.coverage else 'off'}",
         f"chat template {'yes' if info.has_chat_template else 'no (prompts are taken raw)'}",
         f"load          {info.load_seconds:.2f} s",
     ]

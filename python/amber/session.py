@@ -57,6 +57,9 @@ class Session:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
+    def __bool__(self) -> bool:
+        return True  # an empty session is a session, whatever its len()
+
     def close(self) -> None:
         """Frees the KV cache. May be called again."""
         if self._pointer is not None:
