@@ -112,12 +112,15 @@ static void choose_inputs(struct batch *b, const struct linear *const w[], int n
     }
 }
 
+/* Projections that read the same input. */
+enum { N_GROUPS = 4 };
+static const int groups[N_GROUPS][4] = {
+    {PROJ_Q, PROJ_K, PROJ_V, -1}, {PROJ_GATE, PROJ_UP, -1}, {PROJ_O, -1}, {PROJ_DOWN, -1}};
+
 int plan_lists(const struct plan *plan, const struct amber_kernels *kernels) {
-    static const int groups[][4] = {
-        {PROJ_Q, PROJ_K, PROJ_V, -1}, {PROJ_GATE, PROJ_UP, -1}, {PROJ_O, -1}, {PROJ_DOWN, -1}};
     int most = 0;
     for (int il = 0; il < plan->n_layer; il++) {
-        for (int g = 0; g < 4; g++) {
+        for (int g = 0; g < N_GROUPS; g++) {
             int lists = 0;
             for (int i = 0; groups[g][i] >= 0; i++)
                 lists += amber_nm_listed(kernels, &plan_rule(plan, il, groups[g][i])->pattern) > 0;
@@ -128,10 +131,9 @@ int plan_lists(const struct plan *plan, const struct amber_kernels *kernels) {
 }
 
 int plan_inputs(const struct plan *plan) {
-    static const int groups[][4] = {{PROJ_Q, PROJ_K, PROJ_V, -1}, {PROJ_GATE, PROJ_UP, -1}};
     int most = 1;
     for (int il = 0; il < plan->n_layer; il++) {
-        for (int g = 0; g < 2; g++) {
+        for (int g = 0; g < N_GROUPS; g++) {
             int sparse = 0, dense = 0;
             for (int i = 0; groups[g][i] >= 0; i++) {
                 if (rule_is_sparse(plan_rule(plan, il, groups[g][i])))

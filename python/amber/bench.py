@@ -26,12 +26,12 @@ from time import perf_counter
 from typing import Any
 
 from ._lib import check, ffi, lib
+from .command import UsageError, run_command
 from .engine import PRECISIONS, Engine, isa_list, memory_estimate
 from .errors import AmberError
 from .models import find_model
 from .session import Session
 
-INTERRUPTED = 130
 KEYS = (
     "model", "test", "threads", "device", "isa", "precision", "sparse", "coverage",
     "tokens_per_second", "stddev", "share_of_peak", "peak_rss_bytes", "load_seconds",
@@ -365,10 +365,6 @@ def check_memory(configs: Sequence[Config], jobs: Sequence[Job]) -> None:
 # ---- the command ----
 
 
-class UsageError(Exception):
-    """A command line that cannot be meant."""
-
-
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         "amber-bench",
@@ -509,16 +505,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv == ["--serve"]:  # a child of this command, see Child
         return serve()
-    try:
-        return run(parser().parse_args(argv))
-    except UsageError as error:
-        print(f"amber-bench: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except (AmberError, OSError, MemoryError) as error:
-        print(f"amber-bench: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

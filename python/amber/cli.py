@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .command import INTERRUPTED, UsageError
 from .engine import PRECISIONS, Engine, isa_list
 from .errors import AmberError
 from .generate import Stream
@@ -19,12 +20,6 @@ from .progress import Bars
 from .report import info_lines, model_line, result_json, result_line
 from .sampling import SamplingParams
 from .sparse import CRITERIA, MITIGATIONS
-
-INTERRUPTED = 130
-
-
-class UsageError(Exception):
-    """A command line that cannot be meant."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from .command import UsageError, run_command
 from .engine import PRECISIONS, Engine, isa_list
 from .errors import AmberError
 from .session import Session
@@ -28,7 +29,6 @@ from .sparse import CRITERIA, MITIGATIONS
 if TYPE_CHECKING:
     import numpy as np
 
-INTERRUPTED = 130
 CTX, CHUNKS = 512, 40
 BLOCK_BYTES = 1 << 24  # of float64 rows that are normalized at once
 
@@ -174,10 +174,6 @@ def perplexity(losses: Sequence["np.ndarray"]) -> tuple[float, float]:
 
 
 # ---- the command ----
-
-
-class UsageError(Exception):
-    """A command line that cannot be meant."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -334,16 +330,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command amber-eval. Returns its exit code."""
-    try:
-        return run(parser().parse_args(argv))
-    except UsageError as error:
-        print(f"amber-eval: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except (AmberError, OSError, MemoryError) as error:
-        print(f"amber-eval: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from .command import UsageError, run_command
 from .engine import memory_estimate
 from .errors import AmberError, FileFormatError, UnsupportedModelError
 from .models import find_model
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from .permute import Orders
 
-INTERRUPTED = 130
 FORMAT, LAYOUT, ALIGNMENT = 1, "p16k4o128", 64
 PANEL, K_ALIGN = 16, 64  # outputs of a panel; inputs are padded to a multiple
 STATISTICS = 2048  # tokens whose activations choose an order
@@ -45,10 +45,6 @@ U32, F64, BOOL, STRING = 4, 12, 7, 8  # value types
 # The engine's scores sum rows in 16 fixed parts (engine/score.c); the same sums in the same order
 # give the same bits.
 SCORE_PARTS = 16
-
-
-class UsageError(Exception):
-    """A command line that cannot be meant."""
 
 
 # ---- INT8 ----
@@ -608,16 +604,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command amber-quantize. Returns its exit code."""
-    try:
-        return run(parser().parse_args(argv))
-    except UsageError as error:
-        print(f"amber-quantize: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except (AmberError, OSError, MemoryError) as error:
-        print(f"amber-quantize: {error}", file=sys.stderr)
-        return 1
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from . import chat
-from .cli import INTERRUPTED, write_answer
+from .cli import write_answer
+from .command import INTERRUPTED
 from .engine import Engine, Prompt
 from .errors import AmberError
 from .progress import Bars
