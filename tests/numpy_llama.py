@@ -97,6 +97,8 @@ class NumpyLlama:
 
     def __init__(self, path: Path, int8: bool = False) -> None:
         self.int8 = int8
+        self.freq: np.ndarray | None = None  # [head_dim / 2] radians per position
+        self.mscale = 1.0  # factor on cosines and sines
         reader = GGUFReader(path)
         self.t = {
             t.name: dequantize(t.data, t.tensor_type).astype(np.float64).reshape(t.shape[::-1])
@@ -117,8 +119,9 @@ class NumpyLlama:
     def rope(self, x: np.ndarray) -> np.ndarray:
         """x [T, heads, head_dim]"""
         half = x.shape[-1] // 2
-        angle = np.arange(len(x))[:, None] * 10000.0 ** (-np.arange(half) / half)
-        c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        freq = 10000.0 ** (-np.arange(half) / half) if self.freq is None else self.freq
+        angle = np.arange(len(x))[:, None] * freq
+        c, s = self.mscale * np.cos(angle)[:, None], self.mscale * np.sin(angle)[:, None]
         even, odd = x[..., 0::2], x[..., 1::2]
         out = np.empty_like(x)
         out[..., 0::2], out[..., 1::2] = even * c - odd * s, even * s + odd * c

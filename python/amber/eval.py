@@ -314,7 +314,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         import numpy  # noqa: F401
     except ImportError:
-        raise AmberError("amber-eval needs numpy: pip install 'amber-llm[numpy]'") from None
+        raise AmberError("this command needs numpy: pip install 'amber-llm[numpy]'") from None
     text = read_text(args.text)
     choices = itertools.product(args.models, precisions, args.sparse or ["auto"])
     for model, precision, sparse in choices:

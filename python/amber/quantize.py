@@ -159,7 +159,7 @@ def gguf_module() -> Any:
         import gguf
     except ImportError as error:
         raise AmberError(
-            f"amber-quantize needs numpy and gguf: pip install 'amber-llm[tools]' ({error})"
+            f"this command needs numpy and gguf: pip install 'amber-llm[tools]' ({error})"
         ) from None
     return gguf
 
