@@ -24,14 +24,6 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-#define SUPER 256 /* values of a K-quant block */
-
-static uint16_t load_u16(const uint8_t *p) {
-    uint16_t v;
-    memcpy(&v, p, 2);
-    return v;
-}
-
 static float float_of_bits(uint32_t bits) {
     float f;
     memcpy(&f, &bits, 4);

@@ -10,21 +10,13 @@
 
 #include <string.h>
 
-#define SUPER 256
-
 static const float iq2_values[4] = {8, 25, 43, 0};
 static const float iq3_xxs_values[8] = {4, 12, 20, 28, 36, 44, 52, 62};
 static const float iq3_s_values[8] = {1, 3, 5, 7, 9, 11, 13, 15};
 static const float iq1_values[4] = {-1, 0, 1, 0};
 #define IQ1_DELTA 0.125f
 
-static uint16_t read_u16(const uint8_t *p) {
-    uint16_t v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-static uint32_t read_u32(const uint8_t *p) {
+static uint32_t load_u32(const uint8_t *p) {
     uint32_t v;
     memcpy(&v, p, sizeof v);
     return v;
@@ -50,10 +42,10 @@ static void put(float *dst, int n, int bits, uint32_t code, const float *values,
 void iq2_xxs_to_float(const void *src, float *dst, int64_t n) {
     const uint8_t *block = src;
     for (int64_t at = 0; at < n; at += SUPER, block += 66) {
-        float d = f32_from_f16(read_u16(block));
+        float d = f32_from_f16(load_u16(block));
         for (int g = 0; g < 8; g++) {
             const uint8_t *p = block + 2 + 8 * g;
-            uint32_t tail = read_u32(p + 4);
+            uint32_t tail = load_u32(p + 4);
             float scale = d * (0.5f + (float)(tail >> 28)) * 0.25f;
             for (int i = 0; i < 4; i++)
                 put(dst + at + 32 * g + 8 * i, 8, 2, iq2_xxs_grid[p[i]], iq2_values, scale,
@@ -65,10 +57,10 @@ void iq2_xxs_to_float(const void *src, float *dst, int64_t n) {
 void iq2_xs_to_float(const void *src, float *dst, int64_t n) {
     const uint8_t *block = src;
     for (int64_t at = 0; at < n; at += SUPER, block += 74) {
-        float d = f32_from_f16(read_u16(block));
+        float d = f32_from_f16(load_u16(block));
         const uint8_t *scales = block + 66;
         for (int i = 0; i < 32; i++) {
-            uint32_t code = read_u16(block + 2 + 2 * i), half = (uint32_t)(i / 2);
+            uint32_t code = load_u16(block + 2 + 2 * i), half = (uint32_t)(i / 2);
             float scale = d * (0.5f + (float)(scales[half / 2] >> 4 * (half % 2) & 15)) * 0.25f;
             put(dst + at + 8 * i, 8, 2, iq2_xs_grid[code & 511], iq2_values, scale,
                 even_signs(code >> 9));
@@ -79,7 +71,7 @@ void iq2_xs_to_float(const void *src, float *dst, int64_t n) {
 void iq2_s_to_float(const void *src, float *dst, int64_t n) {
     const uint8_t *block = src;
     for (int64_t at = 0; at < n; at += SUPER, block += 82) {
-        float d = f32_from_f16(read_u16(block));
+        float d = f32_from_f16(load_u16(block));
         const uint8_t *low = block + 2, *signs = block + 34, *high = block + 66,
                       *scales = block + 74;
         for (int i = 0; i < 32; i++) {
@@ -93,10 +85,10 @@ void iq2_s_to_float(const void *src, float *dst, int64_t n) {
 void iq3_xxs_to_float(const void *src, float *dst, int64_t n) {
     const uint8_t *block = src;
     for (int64_t at = 0; at < n; at += SUPER, block += 98) {
-        float d = f32_from_f16(read_u16(block));
+        float d = f32_from_f16(load_u16(block));
         for (int g = 0; g < 8; g++) {
             const uint8_t *p = block + 2 + 8 * g;
-            uint32_t tail = read_u32(block + 66 + 4 * g);
+            uint32_t tail = load_u32(block + 66 + 4 * g);
             float scale = d * (0.5f + (float)(tail >> 28)) * 0.5f;
             for (int i = 0; i < 8; i++)
                 put(dst + at + 32 * g + 4 * i, 4, 3, iq3_xxs_grid[p[i]], iq3_xxs_values, scale,
@@ -108,7 +100,7 @@ void iq3_xxs_to_float(const void *src, float *dst, int64_t n) {
 void iq3_s_to_float(const void *src, float *dst, int64_t n) {
     const uint8_t *block = src;
     for (int64_t at = 0; at < n; at += SUPER, block += 110) {
-        float d = f32_from_f16(read_u16(block));
+        float d = f32_from_f16(load_u16(block));
         const uint8_t *low = block + 2, *high = block + 66, *signs = block + 74,
                       *scales = block + 106;
         for (int i = 0; i < 64; i++) {
@@ -128,9 +120,9 @@ static void put_iq1(float *dst, uint32_t code, float scale, float delta) {
 void iq1_s_to_float(const void *src, float *dst, int64_t n) {
     const uint8_t *block = src;
     for (int64_t at = 0; at < n; at += SUPER, block += 50) {
-        float d = f32_from_f16(read_u16(block));
+        float d = f32_from_f16(load_u16(block));
         for (int i = 0; i < 32; i++) {
-            uint32_t tail = read_u16(block + 34 + 2 * (i / 4));
+            uint32_t tail = load_u16(block + 34 + 2 * (i / 4));
             uint32_t index = block[2 + i] | (tail >> 3 * (i % 4) & 7) << 8;
             float scale = d * (float)(2 * (tail >> 12 & 7) + 1);
             put_iq1(dst + at + 8 * i, iq1_grid[index], scale,
@@ -145,7 +137,7 @@ void iq1_m_to_float(const void *src, float *dst, int64_t n) {
         /* The float16 scale is dealt over the top four bits of the four scale words. */
         uint16_t words[4], half = 0;
         for (int i = 0; i < 4; i++) {
-            words[i] = read_u16(block + 48 + 2 * i);
+            words[i] = load_u16(block + 48 + 2 * i);
             half = (uint16_t)(half | (words[i] >> 12) << 4 * i);
         }
         float d = f32_from_f16(half);

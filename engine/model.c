@@ -288,35 +288,29 @@ static amber_status load_layer(struct loader *ld, int il) {
     return status;
 }
 
-/* Coverage as arXiv 2508.02128 counts it: multiplications of the layers' linear projections whose
- * input is sparse, over all of them. */
-static double plan_coverage(const struct plan *plan, const struct shape *s) {
+/* Share of the multiplications of the layers' linear projections whose input is sparse: the coverage
+ * of arXiv 2508.02128. With kernels, the share that these leave out. */
+static double sparse_share(const struct plan *plan, const struct shape *s,
+                           const struct amber_kernels *kernels) {
     struct projection p[N_PROJ];
     projections(s, p);
-    double sparse = 0, total = 0;
+    double share = 0, total = 0;
     for (int il = 0; il < s->n_layer; il++) {
         for (int i = 0; i < N_PROJ; i++) {
+            const struct rule *rule = plan_rule(plan, il, i);
             double work = (double)p[i].n_out * p[i].n_in;
             total += work;
-            if (rule_is_sparse(plan_rule(plan, il, i))) sparse += work;
+            if (!rule_is_sparse(rule)) continue;
+            int keep = kernels ? amber_nm_listed(kernels, &rule->pattern) : 0;
+            if (!kernels) share += work;
+            if (keep) share += work * (16 - keep) / 16;
         }
     }
-    return sparse / total;
+    return share / total;
 }
 
 double model_skipped(const struct model *m, const struct amber_kernels *kernels) {
-    struct projection p[N_PROJ];
-    projections(&m->shape, p);
-    double skipped = 0, total = 0;
-    for (int il = 0; il < m->shape.n_layer; il++) {
-        for (int i = 0; i < N_PROJ; i++) {
-            double work = (double)p[i].n_out * p[i].n_in;
-            int keep = amber_nm_listed(kernels, &plan_rule(&m->plan, il, i)->pattern);
-            total += work;
-            if (keep && !m->float_weights) skipped += work * (16 - keep) / 16;
-        }
-    }
-    return skipped / total;
+    return m->float_weights ? 0 : sparse_share(&m->plan, &m->shape, kernels);
 }
 
 amber_status model_plan_text(const struct gguf_file *file, const char *sparse, char **out,
@@ -374,7 +368,7 @@ static amber_status load_all(struct loader *ld, const char *sparse) {
     if (status != AMBER_OK) return status;
     status = packed_check(m->file, &m->packed, ld->err);
     if (status == AMBER_OK) status = load_plan(ld, sparse);
-    m->coverage = status == AMBER_OK ? plan_coverage(&m->plan, s) : 0;
+    m->coverage = status == AMBER_OK ? sparse_share(&m->plan, s, NULL) : 0;
     if (status == AMBER_OK)
         status = find_weight(m->file, "token_embd.weight", s->n_vocab, s->n_embd, &m->embedding,
                              ld->err);

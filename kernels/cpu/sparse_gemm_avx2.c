@@ -21,19 +21,8 @@ static inline vi dot(vi acc, weights w, vi x) {
     __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.w));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-static inline vi broadcast(int32_t x) {
-    return _mm256_set1_epi32(x);
-}
-static inline vi sums_load(const int32_t *p) {
-    return _mm256_load_si256((const __m256i *)(const void *)p);
-}
-static inline void sums_store(int32_t *p, vi v) {
-    _mm256_store_si256((__m256i *)(void *)p, v);
-}
-static inline vf floats(vi v) {
-    return _mm256_cvtepi32_ps(v);
-}
 
+#include "sparse_gemm_256.h"
 #include "sparse_gemm_body.h"
 
 /* ---- lists ---- */
