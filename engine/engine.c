@@ -215,12 +215,7 @@ amber_status amber_memory_estimate(const char *path, const amber_engine_options 
     struct plan plan = {0};
     amber_memory full = {.size = memory->size};
     status = model_estimate(file, floats, &shape, &full.weights_bytes, &full.mapped_bytes, err);
-    char *text = NULL;
-    if (status == AMBER_OK) status = model_plan_text(file, o.sparse, &text, err);
-    if (status == AMBER_OK)
-        status = plan_parse(text, &(struct plan_model){shape.n_layer, shape.n_embd, shape.n_ff},
-                            &plan, err);
-    free(text);
+    if (status == AMBER_OK) status = model_read_plan(file, &shape, o.sparse, &plan, err);
     if (status == AMBER_OK)
         status = session_estimate(&shape, floats, &plan, o.threads, &kernels, n_ctx, n_batch,
                                   &full.kv_bytes, &full.scratch_bytes, err);

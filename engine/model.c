@@ -313,8 +313,8 @@ double model_skipped(const struct model *m, const struct amber_kernels *kernels)
     return m->float_weights ? 0 : sparse_share(&m->plan, &m->shape, kernels);
 }
 
-amber_status model_plan_text(const struct gguf_file *file, const char *sparse, char **out,
-                             amber_error *err) {
+amber_status model_read_plan(const struct gguf_file *file, const struct shape *s,
+                             const char *sparse, struct plan *plan, amber_error *err) {
     struct gguf_string text = {"off", 3};
     bool automatic = sparse && strcmp(sparse, "auto") == 0;
     if (!automatic && sparse) text = (struct gguf_string){sparse, strlen(sparse)};
@@ -323,23 +323,13 @@ amber_status model_plan_text(const struct gguf_file *file, const char *sparse, c
     if (!copy) return amber_fail(err, AMBER_ERR_MEMORY, "%s: no memory for the plan", file->label);
     memcpy(copy, text.data, (size_t)text.len);
     copy[text.len] = 0;
-    *out = copy;
-    return AMBER_OK;
-}
-
-static amber_status load_plan(struct loader *ld, const char *sparse) {
-    struct model *m = ld->m;
-    const struct shape *s = &m->shape;
-    char *text = NULL;
-    amber_status status = model_plan_text(m->file, sparse, &text, ld->err);
-    if (status == AMBER_OK)
-        status = plan_parse(text, &(struct plan_model){s->n_layer, s->n_embd, s->n_ff}, &m->plan,
-                            ld->err);
-    free(text);
-    if (status != AMBER_OK && sparse && strcmp(sparse, "auto") == 0 && ld->err) {
-        char why[sizeof ld->err->msg];
-        memcpy(why, ld->err->msg, sizeof why);
-        return amber_fail(ld->err, AMBER_ERR_FORMAT, "%s: key amber.plan: %s", m->file->label, why);
+    amber_status status =
+        plan_parse(copy, &(struct plan_model){s->n_layer, s->n_embd, s->n_ff}, plan, err);
+    free(copy);
+    if (status != AMBER_OK && automatic && err) {
+        char why[sizeof err->msg];
+        memcpy(why, err->msg, sizeof why);
+        return amber_fail(err, AMBER_ERR_FORMAT, "%s: key amber.plan: %s", file->label, why);
     }
     return status;
 }
@@ -367,7 +357,7 @@ static amber_status load_all(struct loader *ld, const char *sparse) {
     amber_status status = arch_read_shape(m->file, s, ld->err);
     if (status != AMBER_OK) return status;
     status = packed_check(m->file, &m->packed, ld->err);
-    if (status == AMBER_OK) status = load_plan(ld, sparse);
+    if (status == AMBER_OK) status = model_read_plan(m->file, s, sparse, &m->plan, ld->err);
     m->coverage = status == AMBER_OK ? sparse_share(&m->plan, s, NULL) : 0;
     if (status == AMBER_OK)
         status = find_weight(m->file, "token_embd.weight", s->n_vocab, s->n_embd, &m->embedding,

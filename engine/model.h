@@ -72,10 +72,10 @@ double model_skipped(const struct model *model, const struct amber_kernels *kern
 amber_status model_estimate(const struct gguf_file *file, bool float_weights, struct shape *shape,
                             int64_t *weight_bytes, int64_t *mapped_bytes, amber_error *err);
 
-/* What an options' sparse text means for this file: itself, or for "auto" the plan in the file's key
- * amber.plan, "off" where it has none. *out is for the caller to free. */
-amber_status model_plan_text(const struct gguf_file *file, const char *sparse, char **out,
-                             amber_error *err);
+/* The plan that an options' sparse text means for this file: "auto" is the one in the file's key
+ * amber.plan, dense where it has none. On success plan_free releases it. */
+amber_status model_read_plan(const struct gguf_file *file, const struct shape *shape,
+                             const char *sparse, struct plan *plan, amber_error *err);
 
 /* One embedding row as float32. x [n_embd] */
 void model_embed(const struct model *model, int32_t token, float *x);
