@@ -1,4 +1,4 @@
-/* forward.c: the model's computation as prose. Steps are in ops.c, arithmetic is in kernels/. */
+/* forward.c: the model's computation as prose. Steps are in ops*.c, arithmetic is in kernels/. */
 #include "session.h"
 
 /* All memory belongs to the session: an allocation here would be a bug in the hot loop. */

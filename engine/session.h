@@ -1,5 +1,5 @@
 /* session.h: what an engine and a session hold, and the seam between session.c (whose turn it is),
- * forward.c (the model's computation as prose) and ops.c (each step split over the threads). */
+ * forward.c (the model's computation as prose) and ops*.c (each step split over the threads). */
 #ifndef AMBER_SESSION_H
 #define AMBER_SESSION_H
 
@@ -104,7 +104,7 @@ amber_status forward(struct batch *b, const int32_t *tokens, int rows, int pos0,
 int plan_inputs(const struct plan *plan);
 int plan_lists(const struct plan *plan, const struct amber_kernels *kernels);
 
-/* ---- ops.c: every function is one step over all rows of the batch ---- */
+/* ---- ops*.c: every function is one step over all rows of the batch ---- */
 
 void op_embed(struct batch *b, const int32_t *tokens);
 void op_rope_table(struct batch *b);

@@ -1,0 +1,30 @@
+/* ops.h: what the files of the steps (ops*.c) share among themselves. */
+#ifndef AMBER_OPS_H
+#define AMBER_OPS_H
+
+#include "session.h"
+
+/* Multiplications up to which one thread is done before the others have heard of the job: a few
+ * microseconds, as the hand-over takes, and a thousand times that where other programs hold the
+ * cores. */
+enum { MIN_SHARED = 1 << 17 };
+
+/* A job of one row does not pay the other threads' wake-up. */
+static inline void run_rows(struct batch *b, amber_work_fn work, void *ctx) {
+    if (b->rows <= 1)
+        work(ctx, 0, 1);
+    else
+        amber_pool_run(b->pool, work, ctx);
+}
+
+static inline float *q_row(const struct batch *b, float *base, int r) {
+    const struct shape *s = &b->model->shape;
+    return base + (int64_t)r * s->n_head * s->head_dim;
+}
+
+/* The input that choose_inputs made for w in this batch. */
+const struct activation *input_of(const struct batch *b, const struct linear *w);
+/* Of an input in lists: the rows that are in them. */
+struct amber_a8 listed_rows(const struct activation *in);
+
+#endif

@@ -1,0 +1,262 @@
+/* ops_input.c: the inputs of the linear layers, made from rows one by one: normed, pruned where a rule
+ * says so, and quantized. */
+#include "ops.h"
+
+#include <math.h>
+#include <string.h>
+
+/* Rows from which on products over lists are faster than dense ones. */
+enum { MIN_LISTED = 24 };
+
+/* Two projections can read one pruned input where their rules and channel scores agree. */
+static bool same_input(const struct linear *a, const struct linear *b) {
+    if (!a || !b) return a == b;
+    return a->score == b->score && rule_equal(a->rule, b->rule);
+}
+
+/* The projection whose rule prunes w's input in this batch; NULL: none does. */
+static const struct linear *pruned_for(const struct batch *b, const struct linear *w) {
+    return b->sparse && w->rule ? w : NULL;
+}
+
+const struct activation *input_of(const struct batch *b, const struct linear *w) {
+    const struct linear *of = pruned_for(b, w);
+    int i = 0;
+    while (!same_input(b->in[i].of, of)) i++;
+    return &b->in[i];
+}
+
+/* The first row that a rule prunes: pairs of rows before it hold protected tokens. */
+static int first_pruned(const struct batch *b) {
+    const int left = b->model->sparse_first_n - b->pos0, odd = b->pos0 % 2;
+    return left <= 0 ? 0 : (int)amber_round_up(left + odd, 2) - odd;
+}
+
+static void choose_lists(const struct batch *b, struct activation *in, int *n_lists) {
+    in->nm.keep = 0;
+    in->listed_from = first_pruned(b);
+    if (!in->of || b->model->float_weights || b->rows - in->listed_from < MIN_LISTED) return;
+    in->nm.keep = amber_nm_listed(b->kernels, &in->of->rule->pattern);
+    if (in->nm.keep == 0) return;
+    in->nm.lists = b->lists[(*n_lists)++];
+    in->nm.stride = amber_nm_stride(in->a8.k_pad);
+    in->nm.first = in->listed_from == 0 && b->pos0 % 2;
+}
+
+struct amber_a8 listed_rows(const struct activation *in) {
+    struct amber_a8 a = in->a8;
+    const int from = in->listed_from;
+    a.q += from * a.stride;
+    a.scale += from;
+    a.sum += from;
+    if (a.shift) a.shift += from;
+    a.rows -= from;
+    return a;
+}
+
+static void choose_inputs(struct batch *b, const struct linear *const w[], int n) {
+    int n_lists = 0;
+    b->n_in = w[0]->n_in;
+    b->n_inputs = 0;
+    for (int i = 0; i < n; i++) {
+        const struct linear *of = pruned_for(b, w[i]);
+        int j = 0;
+        while (j < b->n_inputs && !same_input(b->in[j].of, of)) j++;
+        if (j < b->n_inputs) continue;
+        struct activation *in = &b->in[b->n_inputs++];
+        in->of = of;
+        in->a8.k_pad = (int)amber_round_up(b->n_in, AMBER_K_ALIGN);
+        in->a8.stride = amber_a8_stride(in->a8.k_pad);
+        in->a8.rows = b->rows;
+        in->a8.shift = of && of->rule->shift != SHIFT_NONE ? in->shift : NULL;
+        choose_lists(b, in, &n_lists);
+    }
+}
+
+/* Projections that read the same input. */
+enum { N_GROUPS = 4 };
+static const int groups[N_GROUPS][4] = {
+    {PROJ_Q, PROJ_K, PROJ_V, -1}, {PROJ_GATE, PROJ_UP, -1}, {PROJ_O, -1}, {PROJ_DOWN, -1}};
+
+int plan_lists(const struct plan *plan, const struct amber_kernels *kernels) {
+    int most = 0;
+    for (int il = 0; il < plan->n_layer; il++) {
+        for (int g = 0; g < N_GROUPS; g++) {
+            int lists = 0;
+            for (int i = 0; groups[g][i] >= 0; i++)
+                lists += amber_nm_listed(kernels, &plan_rule(plan, il, groups[g][i])->pattern) > 0;
+            most = amber_max(most, lists);
+        }
+    }
+    return most;
+}
+
+int plan_inputs(const struct plan *plan) {
+    int most = 1;
+    for (int il = 0; il < plan->n_layer; il++) {
+        for (int g = 0; g < N_GROUPS; g++) {
+            int sparse = 0, dense = 0;
+            for (int i = 0; groups[g][i] >= 0; i++) {
+                if (rule_is_sparse(plan_rule(plan, il, groups[g][i])))
+                    sparse++;
+                else
+                    dense = 1;
+            }
+            most = amber_max(most, sparse + dense);
+        }
+    }
+    return most;
+}
+
+/* Lower median of z [n] by quickselect; work [n] is overwritten. */
+static float median(const float *z, float *work, int n) {
+    memcpy(work, z, sizeof *z * (size_t)n);
+    int k = (n - 1) / 2, low = 0, high = n - 1;
+    while (low < high) {
+        float pivot = work[low + (high - low) / 2];
+        int i = low, j = high;
+        while (i <= j) {
+            while (work[i] < pivot) i++;
+            while (work[j] > pivot) j--;
+            if (i > j) break;
+            float t = work[i];
+            work[i++] = work[j];
+            work[j--] = t;
+        }
+        if (k <= j)
+            high = j;
+        else if (k >= i)
+            low = i;
+        else
+            break;
+    }
+    return work[k];
+}
+
+static double mean(const float *z, int n) {
+    double sum = 0;
+    for (int k = 0; k < n; k++) sum += z[k];
+    return sum / n;
+}
+
+static double variance(const float *z, int n) {
+    double m = mean(z, n), sum = 0;
+    for (int k = 0; k < n; k++) sum += (z[k] - m) * (z[k] - m);
+    return sum / n;
+}
+
+static void store_row(const struct batch *b, const struct activation *in, int r, const float *row) {
+    if (in->f32)
+        memcpy(in->f32 + (int64_t)r * b->n_in, row, sizeof *row * (size_t)b->n_in);
+    else
+        b->kernels->quantize_row(in->a8.q + r * in->a8.stride, &in->a8.scale[r], &in->a8.sum[r],
+                                 row, b->n_in, in->a8.k_pad);
+}
+
+/* One or two neighbouring rows under one rule: z = x - shift, prune, then what the rule gives back.
+ * INT8 rows carry the VAR factor in their scale and the shift beside it, for the epilogue; float rows
+ * are written out in full. z [rows, n] and work [n] are scratch. */
+static void store_pruned(const struct batch *b, const struct activation *in, int r, int rows,
+                         const float *x, float *z, float *work, void *prune_scratch) {
+    const struct rule *rule = in->of->rule;
+    int n = b->n_in;
+    float shift[2] = {0, 0};
+    double var[2] = {0, 0};
+    memcpy(z, x, sizeof *z * (size_t)n * (size_t)rows);
+    for (int i = 0; i < rows; i++) {
+        float *row = z + (int64_t)i * n;
+        if (rule->shift == SHIFT_MEAN) shift[i] = (float)mean(row, n);
+        if (rule->shift == SHIFT_MEDIAN) shift[i] = median(row, work, n);
+        if (rule->shift != SHIFT_NONE)
+            for (int k = 0; k < n; k++) row[k] -= shift[i];
+        if (rule->var) var[i] = variance(row, n);
+    }
+    b->kernels->prune(&rule->pattern, z, n, rows, in->of->score, n, prune_scratch);
+    for (int i = 0; i < rows; i++) {
+        float *row = z + (int64_t)i * n;
+        /* The floor is the paper's: a row pruned to a constant stays finite. */
+        float scale = rule->var ? (float)sqrt(var[i] / fmax(variance(row, n), 1e-9)) : 1.0f;
+        if (in->f32)
+            for (int k = 0; k < n; k++) row[k] = row[k] * scale + shift[i];
+        store_row(b, in, r + i, row);
+        if (!in->f32) {
+            in->a8.scale[r + i] *= scale;
+            in->shift[r + i] = shift[i];
+        }
+    }
+}
+
+struct input_job {
+    struct batch *b;
+    void (*make)(struct batch *b, const void *source, int r, float *row);
+    const void *source;
+};
+
+static void input_work(void *ctx, int ith, int nth) {
+    const struct input_job *job = ctx;
+    struct batch *b = job->b;
+    const int n = b->n_in, odd = b->pos0 % 2;
+    float *x = (float *)(void *)(b->row_scratch + ith * b->row_scratch_bytes);
+    float *z = x + 2 * (int64_t)n, *work = z + 2 * (int64_t)n;
+    void *prune_scratch = (char *)x + amber_round_up(5 * (int64_t)n * (int64_t)sizeof *x, 64);
+
+    int begin, end;
+    amber_split(b->rows + odd, 2, ith, nth, &begin, &end);
+    for (int first = begin; first < end; first += 2) {
+        int r0 = amber_max(first - odd, 0), r1 = amber_min(first - odd + 2, b->rows),
+            rows = r1 - r0;
+        for (int r = r0; r < r1; r++) job->make(b, job->source, r, x + (int64_t)(r - r0) * n);
+        bool protected = r0 < first_pruned(b);
+        for (int i = 0; i < b->n_inputs; i++) {
+            const struct activation *in = &b->in[i];
+            if (in->of && !protected && in->of->rule->pattern.tokens == 2) {
+                store_pruned(b, in, r0, rows, x, z, work, prune_scratch);
+            } else {
+                for (int r = r0; r < r1; r++) {
+                    const float *row = x + (int64_t)(r - r0) * n;
+                    if (in->of && !protected) {
+                        store_pruned(b, in, r, 1, row, z, work, prune_scratch);
+                    } else {
+                        store_row(b, in, r, row);
+                        if (in->a8.shift) in->shift[r] = 0;
+                    }
+                }
+            }
+            if (in->nm.keep && !protected) {
+                const struct amber_a8 listed = listed_rows(in);
+                const int pair = (r0 - in->listed_from + in->nm.first) / 2;
+                b->kernels->pack_nm(&in->nm, &listed, pair, pair + 1);
+            }
+        }
+    }
+}
+
+static void make_norm(struct batch *b, const void *source, int r, float *row) {
+    b->kernels->rmsnorm(row, b->x + (int64_t)r * b->n_in, source, b->n_in,
+                        b->model->shape.norm_eps);
+}
+
+static void make_copy(struct batch *b, const void *source, int r, float *row) {
+    memcpy(row, (const float *)source + (int64_t)r * b->n_in, sizeof *row * (size_t)b->n_in);
+}
+
+static void make_swiglu(struct batch *b, const void *source, int r, float *row) {
+    (void)source;
+    int64_t at = (int64_t)r * b->n_in;
+    b->kernels->silu_mul(row, b->gate + at, b->up + at, b->n_in);
+}
+
+void op_norm(struct batch *b, const float *weight, const struct linear *const w[], int n) {
+    choose_inputs(b, w, n);
+    run_rows(b, input_work, &(struct input_job){b, make_norm, weight});
+}
+
+void op_prepare(struct batch *b, const float *src, const struct linear *w) {
+    choose_inputs(b, &w, 1);
+    run_rows(b, input_work, &(struct input_job){b, make_copy, src});
+}
+
+void op_swiglu(struct batch *b, const struct linear *w) {
+    choose_inputs(b, &w, 1);
+    run_rows(b, input_work, &(struct input_job){b, make_swiglu, NULL});
+}
