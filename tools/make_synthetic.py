@@ -102,23 +102,23 @@ class Weights:
             left -= count
 
 
-def vocabulary(size: int) -> tuple[list[bytes], list[float], list[int]]:
-    """SentencePiece-style tokens, scores and types: control tokens, 256 bytes, printable ASCII,
-    and made-up words up to the size."""
-    kind = gguf.TokenType
-    words = [(b"<unk>", kind.UNKNOWN), (b"<s>", kind.CONTROL), (b"</s>", kind.CONTROL)]
-    words += [(b"<0x%02X>" % byte, kind.BYTE) for byte in range(256)]
-    words += [("\u2581".encode(), kind.NORMAL)]
-    words += [(bytes([byte]), kind.NORMAL) for byte in range(0x21, 0x7F)]
-    while len(words) < size:
-        number, letters = len(words), ""
-        while number:
-            number, digit = divmod(number, 26)
-            letters += chr(ord("a") + digit)
-        words.append((f"\u2581{letters}#".encode(), kind.NORMAL))
-    tokens = [word for word, _ in words[:size]]
-    types = [int(which) for _, which in words[:size]]
-    return tokens, [-float(i) for i in range(size)], types
+def vocabulary(size: int) -> tuple[list[str], list[str], list[int]]:
+    """Byte-level BPE tokens, merges and types: 256 bytes, strings of two, three and more lower-case
+    letters as far as the size goes, and two control tokens, begin and end of text, at the end."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (chr(0x100 + i) for i in range(256 - len(printable)))  # GPT-2's stand-ins
+    tokens = [chr(byte) if byte in printable else next(others) for byte in range(256)]
+    merges: list[str] = []
+    letters = [chr(byte) for byte in range(ord("a"), ord("z") + 1)]
+    longest = letters
+    while len(tokens) < size - 2:
+        longer = [(left, right) for left in longest for right in letters]
+        longer = longer[: size - 2 - len(tokens)]
+        merges += [f"{left} {right}" for left, right in longer]
+        longest = [left + right for left, right in longer]
+        tokens += longest
+    types = [int(gguf.TokenType.NORMAL)] * len(tokens) + [int(gguf.TokenType.CONTROL)] * 2
+    return [*tokens, "<|begin_of_text|>", "<|end_of_text|>"], merges, types
 
 
 def matrices(shape: Shape) -> Iterator[tuple[str, int, int]]:
@@ -171,14 +171,14 @@ def add_keys(writer: gguf.GGUFWriter, name: str, shape: Shape, kind: str) -> Non
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_layer_norm_rms_eps(shape.eps)
     writer.add_vocab_size(shape.vocab)
-    tokens, scores, types = vocabulary(shape.vocab)
-    writer.add_tokenizer_model("llama")
+    tokens, merges, types = vocabulary(shape.vocab)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2" if shape.arch == "qwen2" else "llama-bpe")
     writer.add_token_list(tokens)
-    writer.add_token_scores(scores)
+    writer.add_token_merges(merges)
     writer.add_token_types(types)
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    writer.add_bos_token_id(shape.vocab - 2)
+    writer.add_eos_token_id(shape.vocab - 1)
     writer.add_add_bos_token(True)
 
 
