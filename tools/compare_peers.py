@@ -21,6 +21,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -142,11 +143,12 @@ def serve(name: str, model: str, threads: int, n_ctx: int, sparse: str) -> None:
 class Worker:
     def __init__(self, label: str, python: str, args: list[str]) -> None:
         self.label = label
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
         self.process = subprocess.Popen(
             [python, __file__, "--serve", *args],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.said,
             text=True,
         )
         self.ready = self._reply()
@@ -155,7 +157,10 @@ class Worker:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.label} ended (exit code {self.process.wait()})")
+            code = self.process.wait()
+            self.said.seek(0)
+            why = (self.said.read().strip().splitlines() or ["without a word"])[-1]
+            raise RuntimeError(f"{self.label} ended (exit code {code}): {why}")
         return json.loads(line)
 
     def seconds(self, test: Test, tokens: list[int]) -> float:
@@ -166,6 +171,7 @@ class Worker:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.said.close()
 
 
 def peers_python(venv: Path, wanted: list[str]) -> tuple[str, list[str]]:
@@ -182,15 +188,6 @@ def peers_python(venv: Path, wanted: list[str]) -> tuple[str, list[str]]:
         else:
             have.append(name)
     return str(python), have
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def measure(workers: list[Worker], tests: list[Test], repeats: int) -> dict[str, dict[str, Any]]:
@@ -251,17 +248,26 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if int(part) > 0]
 
 
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {value}")
+    return value
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--serve"]:
         name, model, threads, n_ctx, sparse = sys.argv[2:]
         serve(name, model, int(threads), int(n_ctx), sparse)
         return 0
+    from amber.bench import cpu_name  # the peers' interpreter, which serves above, has no Amber
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", help="GGUF file")
     parser.add_argument("-p", "--prompt", type=numbers, default=[512], metavar="N[,N]")
     parser.add_argument("-n", "--gen", type=numbers, default=[64], metavar="N[,N]")
-    parser.add_argument("-t", "--threads", type=int, default=2)
-    parser.add_argument("-r", "--repeats", type=int, default=5)
+    parser.add_argument("-t", "--threads", type=positive, default=2)
+    parser.add_argument("-r", "--repeats", type=positive, default=5)
     parser.add_argument("--sparse", action="append", help="another Amber, with this plan")
     parser.add_argument("--peers", default="llama.cpp,openvino", help="%(default)s")
     parser.add_argument("--venv", type=Path, default=Path("build/peers"), help="%(default)s")
@@ -275,6 +281,8 @@ def main() -> int:
     tests: list[Test] = [("pp", n) for n in args.prompt] + [("tg", n) for n in args.gen]
     if not tests:
         parser.error("nothing to measure: -p and -n are both empty")
+    if args.out and not args.out.parent.is_dir():
+        parser.error(f"--out: {args.out.parent}: no such folder")
 
     python, peers = peers_python(args.venv, wanted)
     common = [args.model, str(args.threads), str(max(n for _, n in tests) + 64)]
@@ -290,7 +298,7 @@ def main() -> int:
             try:
                 workers.append(Worker(label, interpreter, [name, *common, sparse]))
             except RuntimeError as e:
-                print(f"{e}: left out", file=sys.stderr)
+                print(f"left out: {e}", file=sys.stderr)
         if not workers or workers[0].label != "amber":
             print("compare_peers: Amber itself did not open this model", file=sys.stderr)
             return 1
@@ -310,8 +318,8 @@ def main() -> int:
     text = markdown(report)
     print(text, end="")
     if args.out:
-        args.out.with_suffix(".md").write_text(text)
-        args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        Path(f"{args.out}.md").write_text(text)
+        Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
