@@ -92,8 +92,10 @@ struct amber_gemm_f32 {
  * Scores are scale * q.k, then softcap * tanh(score / softcap) where softcap > 0, softmax in
  * float32. Query head h reads cache head h / (n_head / n_head_kv).
  *
- * The cache of one layer is [n_head_kv, n_ctx, head_dim], float16 bits, or float32 where kv_f32.
- * Its rows for the new tokens are already written.
+ * The cache of one layer is [n_head_kv, n_ctx, head_dim], float16 bits, or float32 where kv_f32;
+ * position p stands in row p % n_ctx. A cache that is smaller than the positions that were written
+ * to it is a ring: its n_ctx is then a multiple of 64 and at least window + rows + 62, so that the
+ * rows for the new tokens, which are already written, have not taken the place of visible ones.
  *
  * One unit of work is one (row block, cache head); attention_units() tells how many there are. Row
  * blocks are dealt so that equal shares of the units cost about the same. head_dim is a multiple of
@@ -112,8 +114,14 @@ struct amber_kernels {
 
     /* y[i] = x[i] * weight[i] / sqrt(mean(x^2) + eps); y may be x. */
     void (*rmsnorm)(float *y, const float *x, const float *weight, int n, float eps);
-    /* y[i] = silu(gate[i]) * up[i], silu(v) = v / (1 + exp(-v)); y may be gate or up. */
+    /* y[i] = (x[i] - mean(x)) / sqrt(variance(x) + eps) * weight[i] + bias[i]; bias may be NULL; y
+     * may be x. */
+    void (*layernorm)(float *y, const float *x, const float *weight, const float *bias, int n,
+                      float eps);
+    /* y[i] = f(gate[i]) * up[i], or f(gate[i]) where up is NULL; y may be gate or up.
+     * silu(v) = v / (1 + exp(-v)); gelu(v) = v / 2 (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))). */
     void (*silu_mul)(float *y, const float *gate, const float *up, int n);
+    void (*gelu_mul)(float *y, const float *gate, const float *up, int n);
     /* Rotates one head in place. cos, sin: [n_rot/2]. Pairs are (2i, 2i+1), or with `halves`
      * (i, i + n_rot/2). Elements from n_rot on stay. */
     void (*rope)(float *x, const float *cos, const float *sin, int n_rot, bool halves);

@@ -456,6 +456,66 @@ static void test_rmsnorm(void) {
     }
 }
 
+static void test_layernorm(void) {
+    for (int n = 2; n <= 4099; n += n < 150 ? 1 : 439) {
+        float *x = uniforms(n), *weight = uniforms(n), *bias = uniforms(n);
+        float *y = guarded((size_t)n * 4);
+        double *want = guarded((size_t)n * 8), *bound = guarded((size_t)n * 8);
+        double mean = 0, size = 0, variance = 0;
+        for (int i = 0; i < n; i++) x[i] += 0.5f;
+        for (int i = 0; i < n; i++) mean += x[i], size += fabs(x[i]);
+        mean /= n;
+        for (int i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean);
+        const double deviation = sqrt(variance / n + 1e-5);
+        for (int with_bias = 0; with_bias < 2; with_bias++) {
+            for (int i = 0; i < n; i++) {
+                double centred = (x[i] - mean) / deviation;
+                want[i] = centred * weight[i] + (with_bias ? bias[i] : 0);
+                /* The mean is off by size u, and so is every difference, also those in the
+                 * variance; the sum of n squares adds n u, halved by the root. */
+                bound[i] = fabs(weight[i]) * (1 + fabs(centred)) * (size + 1) / deviation * U +
+                           fabs(centred * weight[i]) * (n / 2.0 + 8) * U + 2 * fabs(want[i]) * U +
+                           4 * U;
+            }
+            for (int i = 0; i < n_columns; i++) {
+                columns[i].layernorm(y, x, weight, with_bias ? bias : NULL, n, 1e-5f);
+                CHECK(close_to(y, want, bound, n));
+                memcpy(y, x, (size_t)n * 4);
+                columns[i].layernorm(y, y, weight, with_bias ? bias : NULL, n, 1e-5f);
+                CHECK(close_to(y, want, bound, n));
+            }
+        }
+        release();
+    }
+}
+
+static void test_gelu_mul(void) {
+    for (int n = 1; n <= 3000; n += n < 70 ? 1 : 977) {
+        float *gate = uniforms(n), *up = uniforms(n), *y = guarded((size_t)n * 4);
+        double *want = guarded((size_t)n * 8), *bound = guarded((size_t)n * 8);
+        for (int alone = 0; alone < 2; alone++) {
+            for (int i = 0; i < n; i++) {
+                if (!alone) gate[i] *= n % 3 == 0 ? 30 : 4;
+                double v = gate[i],
+                       u = sqrt(8 / 3.14159265358979323846) * (v + 0.044715 * v * v * v);
+                double product = alone ? 1 : up[i];
+                want[i] = v / (1 + exp(-u)) * product;
+                /* As for silu, and the argument of exp() is off by five rounded operations. */
+                bound[i] = fabs(want[i]) * (0x1p-22 + (4 + 6 * fabs(u)) * U) +
+                           fabs(v * product) * 0x1p-125 + 0x1p-149;
+            }
+            for (int i = 0; i < n_columns; i++) {
+                columns[i].gelu_mul(y, gate, alone ? NULL : up, n);
+                CHECK(close_to(y, want, bound, n));
+                memcpy(y, gate, (size_t)n * 4);
+                columns[i].gelu_mul(y, y, alone ? NULL : up, n);
+                CHECK(close_to(y, want, bound, n));
+            }
+        }
+        release();
+    }
+}
+
 static void test_silu_mul(void) {
     for (int n = 1; n <= 3000; n += n < 70 ? 1 : 977) {
         float *gate = uniforms(n), *up = uniforms(n), *y = guarded((size_t)n * 4);
@@ -477,6 +537,11 @@ static void test_silu_mul(void) {
             memcpy(y, up, (size_t)n * 4);
             columns[i].silu_mul(y, gate, y, n);
             CHECK(close_to(y, want, bound, n));
+            for (int j = 0; j < n; j++) y[j] = 1;
+            columns[i].silu_mul(y, gate, y, n);
+            float *alone = guarded((size_t)n * 4);
+            columns[i].silu_mul(alone, gate, NULL, n);
+            CHECK(memcmp(alone, y, (size_t)n * 4) == 0);
             float nan_gate[20] = {0}, ones[20], out[20];
             for (int j = 0; j < 20; j++) ones[j] = 1;
             nan_gate[3] = nan_gate[18] = NAN;
@@ -755,7 +820,9 @@ int main(void) {
     test_pack();
     test_f16();
     test_rmsnorm();
+    test_layernorm();
     test_silu_mul();
+    test_gelu_mul();
     test_rope();
     test_gemm_f32();
     test_attention();

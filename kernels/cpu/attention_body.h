@@ -248,7 +248,7 @@ static void attend(const struct amber_attention *a, const struct cut *c, int kv_
         if (window > 0 && p0 + KEYS - 1 + window - first_pos < rows)
             end = p0 + KEYS - 1 + window - first_pos;
         int n = last - p0 + 1 < KEYS ? last - p0 + 1 : KEYS;
-        int64_t cache_row = (int64_t)kv_head * a->n_ctx + p0;
+        int64_t cache_row = (int64_t)kv_head * a->n_ctx + p0 % a->n_ctx;
         const char *next = (const char *)a->k + (cache_row + KEYS) * d * (a->kv_f32 ? 4 : 2);
         load_keys(a, cache_row, n, w->keys);
         load_values(a, cache_row, n, c->padded, w->values);

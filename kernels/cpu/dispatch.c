@@ -9,7 +9,9 @@
 #define ROW_OPERATIONS(isa)                                                                        \
     static void fill_rows_##isa(struct amber_kernels *k) {                                         \
         k->rmsnorm = amber_rmsnorm_##isa;                                                          \
+        k->layernorm = amber_layernorm_##isa;                                                      \
         k->silu_mul = amber_silu_mul_##isa;                                                        \
+        k->gelu_mul = amber_gelu_mul_##isa;                                                        \
         k->rope = amber_rope_##isa;                                                                \
         k->f16_from_f32 = amber_f16_from_f32_##isa;                                                \
         k->quantize_row = amber_quantize_row_##isa;                                                \

@@ -28,17 +28,69 @@ void NAME(rmsnorm)(float *y, const float *x, const float *weight, int n, float e
     }
 }
 
-static inline vf silu_times(vf gate, vf up) {
-    vf one = v_set1(1.0f);
-    return v_mul(v_div(gate, v_add(one, v_exp(v_sub(v_set1(0), gate)))), up);
+static inline vf sum_of(const float *x, int n) {
+    vf sum[4] = {v_set1(0), v_set1(0), v_set1(0), v_set1(0)};
+    int i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL)
+        for (int j = 0; j < 4; j++) sum[j] = v_add(sum[j], v_load(x + i + j * VL));
+    for (; i < n; i += VL)
+        sum[0] = v_add(sum[0], n - i >= VL ? v_load(x + i) : v_load_n(x + i, n - i));
+    return v_add(v_add(sum[0], sum[1]), v_add(sum[2], sum[3]));
 }
 
-void NAME(silu_mul)(float *y, const float *gate, const float *up, int n) {
+void NAME(layernorm)(float *y, const float *x, const float *weight, const float *bias, int n,
+                     float eps) {
+    const float centre = v_sum(sum_of(x, n)) / (float)n;
+    const vf mean = v_set1(centre);
+    vf squares = v_set1(0);
+    float rest = 0; /* of what does not fill a vector: its empty lanes would count as -mean */
     int i = 0;
-    for (; i + VL <= n; i += VL) v_store(y + i, silu_times(v_load(gate + i), v_load(up + i)));
-    if (i < n)
-        v_store_n(y + i, silu_times(v_load_n(gate + i, n - i), v_load_n(up + i, n - i)), n - i);
+    for (; i + VL <= n; i += VL) {
+        vf v = v_sub(v_load(x + i), mean);
+        squares = v_fma(v, v, squares);
+    }
+    for (; i < n; i++) rest += (x[i] - centre) * (x[i] - centre);
+    const vf scale = v_set1(1.0f / sqrtf((v_sum(squares) + rest) / (float)n + eps));
+    for (i = 0; i < n; i += VL) {
+        const int left = n - i;
+        const bool whole = left >= VL;
+        vf v = whole ? v_load(x + i) : v_load_n(x + i, left);
+        v = v_mul(v_mul(v_sub(v, mean), scale),
+                  whole ? v_load(weight + i) : v_load_n(weight + i, left));
+        if (bias) v = v_add(v, whole ? v_load(bias + i) : v_load_n(bias + i, left));
+        if (whole)
+            v_store(y + i, v);
+        else
+            v_store_n(y + i, v, left);
+    }
 }
+
+static inline __attribute__((always_inline)) vf sigmoid_times(vf argument, vf value) {
+    return v_div(value, v_add(v_set1(1.0f), v_exp(v_sub(v_set1(0), argument))));
+}
+static inline __attribute__((always_inline)) vf silu(vf v) {
+    return sigmoid_times(v, v);
+}
+/* 0.5 v (1 + tanh(u)) is v sigmoid(2 u). */
+static inline __attribute__((always_inline)) vf gelu(vf v) {
+    vf cubic = v_fma(v_mul(v_mul(v, v), v_set1(0.044715f)), v, v);
+    return sigmoid_times(v_mul(cubic, v_set1(1.5957691216f)), v);
+}
+
+#define ACTIVATION(name)                                                                           \
+    void NAME(name##_mul)(float *y, const float *gate, const float *up, int n) {                   \
+        int i = 0;                                                                                 \
+        for (; i + VL <= n; i += VL) {                                                             \
+            vf v = name(v_load(gate + i));                                                         \
+            v_store(y + i, up ? v_mul(v, v_load(up + i)) : v);                                     \
+        }                                                                                          \
+        if (i < n) {                                                                               \
+            vf v = name(v_load_n(gate + i, n - i));                                                \
+            v_store_n(y + i, up ? v_mul(v, v_load_n(up + i, n - i)) : v, n - i);                   \
+        }                                                                                          \
+    }
+ACTIVATION(silu)
+ACTIVATION(gelu)
 
 void NAME(rope)(float *x, const float *cos, const float *sin, int n_rot, bool halves) {
     const int half = n_rot / 2;

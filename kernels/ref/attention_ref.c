@@ -32,13 +32,14 @@ void amber_attention_ref(const struct amber_attention *a, int unit0, int unit1, 
             int64_t offset = ((int64_t)row * a->n_head + head) * a->head_dim;
             double largest = -INFINITY, total = 0;
             for (int p = first; p <= last; p++)
-                largest = fmax(largest, score(a, a->q + offset, base + p));
+                largest = fmax(largest, score(a, a->q + offset, base + p % a->n_ctx));
             for (int i = 0; i < a->head_dim; i++) sum[i] = 0;
             for (int p = first; p <= last; p++) {
-                double weight = exp(score(a, a->q + offset, base + p) - largest);
+                double weight = exp(score(a, a->q + offset, base + p % a->n_ctx) - largest);
                 total += weight;
                 for (int i = 0; i < a->head_dim; i++)
-                    sum[i] += weight * element(a->v, a->kv_f32, (base + p) * a->head_dim + i);
+                    sum[i] +=
+                        weight * element(a->v, a->kv_f32, (base + p % a->n_ctx) * a->head_dim + i);
             }
             for (int i = 0; i < a->head_dim; i++) a->out[offset + i] = (float)(sum[i] / total);
         }

@@ -13,8 +13,28 @@ void amber_rmsnorm_ref(float *y, const float *x, const float *weight, int n, flo
 void amber_silu_mul_ref(float *y, const float *gate, const float *up, int n) {
     for (int i = 0; i < n; i++) {
         double v = gate[i];
-        y[i] = (float)(v / (1 + exp(-v)) * up[i]);
+        y[i] = (float)(v / (1 + exp(-v)) * (up ? up[i] : 1));
     }
+}
+
+void amber_gelu_mul_ref(float *y, const float *gate, const float *up, int n) {
+    const double root =
+        sqrt(8 / 3.14159265358979323846); /* (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)) */
+    for (int i = 0; i < n; i++) {
+        double v = gate[i];
+        y[i] = (float)(v / (1 + exp(-root * (v + 0.044715 * v * v * v))) * (up ? up[i] : 1));
+    }
+}
+
+void amber_layernorm_ref(float *y, const float *x, const float *weight, const float *bias, int n,
+                         float eps) {
+    double mean = 0, variance = 0;
+    for (int i = 0; i < n; i++) mean += x[i];
+    mean /= n;
+    for (int i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean);
+    double scale = 1 / sqrt(variance / n + eps);
+    for (int i = 0; i < n; i++)
+        y[i] = (float)((x[i] - mean) * scale * weight[i] + (bias ? bias[i] : 0));
 }
 
 void amber_rope_ref(float *x, const float *cos, const float *sin, int n_rot, bool halves) {

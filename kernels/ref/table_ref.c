@@ -5,7 +5,9 @@ bool amber_kernels_ref(struct amber_kernels *k) {
     *k = (struct amber_kernels){
         .isa = "ref",
         .rmsnorm = amber_rmsnorm_ref,
+        .layernorm = amber_layernorm_ref,
         .silu_mul = amber_silu_mul_ref,
+        .gelu_mul = amber_gelu_mul_ref,
         .rope = amber_rope_ref,
         .f16_from_f32 = amber_f16_from_f32_ref,
         .prune = amber_prune_ref,
