@@ -8,14 +8,46 @@
 #include <string.h>
 
 static const struct arch architectures[] = {
-    {.name = "llama", .rope_halves = false, .sliding_window = true},
+    {.name = "llama", .window_period = 1},
     {.name = "qwen2", .rope_halves = true},
+    {.name = "qwen3", .rope_halves = true},
+    {.name = "gemma", .rope_halves = true, .gelu = true, .scale_embedding = true},
+    {.name = "gemma2",
+     .norms = NORM_PRE_POST,
+     .rope_halves = true,
+     .gelu = true,
+     .scale_embedding = true,
+     .window_period = 2,
+     .window = 4096,
+     .wide_layers = 46,
+     .attn_softcap = 50,
+     .final_softcap = 30},
+    {.name = "gemma3",
+     .norms = NORM_PRE_POST,
+     .rope_halves = true,
+     .gelu = true,
+     .scale_embedding = true,
+     .window_period = 6,
+     .window_base = 10000,
+     .wide_layers = 62},
+    {.name = "phi3", .rope_halves = true, .window_period = 1},
+    {.name = "smollm3", .no_rope_period = 4},
+    {.name = "olmo2", .norms = NORM_POST, .rope_halves = true, .window_period = 4},
+    {.name = "granite", .divide_logits = true},
+    {.name = "starcoder2",
+     .layer_norm = true,
+     .gelu = true,
+     .no_gate = true,
+     .rope_halves = true,
+     .window_period = 1},
+    {.name = "stablelm", .norms = NORM_PRE_OR_PARALLEL, .layer_norm = true, .rope_halves = true},
 };
 
 #define N_ARCHITECTURES (sizeof architectures / sizeof architectures[0])
 
 const char *arch_list(void) {
-    return "llama qwen2";
+    return "llama (as Mistral and SmolLM2 are) qwen2 qwen3 gemma gemma2 gemma3 phi3 smollm3 olmo2 "
+           "granite starcoder2 stablelm";
 }
 
 /* Integer key "<arch>.<name>"; per-layer arrays serve where all their elements agree. */
@@ -81,69 +113,157 @@ static double yarn_ramp(int i, int n_rot, double base, double n_ctx_orig, double
     return fmin(fmax(ramp, 0), 1);
 }
 
+/* A tensor of n divisors of the frequencies, one per pair: Llama 3 and longrope write their scaling
+ * so. *out stays NULL where the file has none. */
+static amber_status find_divisors(const struct gguf_file *file, const char *name, int n,
+                                  const uint8_t **out, amber_error *err) {
+    const struct gguf_tensor *t = gguf_find_tensor(file, name);
+    if (!t) return AMBER_OK;
+    if (t->type != TYPE_F32 || t->ne[0] != (uint64_t)n)
+        return amber_fail(err, AMBER_ERR_FORMAT,
+                          "%s: %s: expected %d F32 values, found %llu of type %u", file->label,
+                          name, n, (unsigned long long)t->ne[0], t->type);
+    for (int i = 0; i < n; i++) {
+        float d;
+        memcpy(&d, t->data + sizeof d * (size_t)i, sizeof d);
+        if (!(d > 0) || !isfinite(d))
+            return amber_fail(err, AMBER_ERR_FORMAT, "%s: %s[%d]: expected > 0, found %g",
+                              file->label, name, i, (double)d);
+    }
+    *out = t->data;
+    return AMBER_OK;
+}
+
+static float divisor(const uint8_t *divisors, int i) {
+    float d = 1;
+    if (divisors) memcpy(&d, divisors + sizeof d * (size_t)i, sizeof d);
+    return d;
+}
+
+static bool is_text(struct gguf_string s, const char *text) {
+    return s.len == strlen(text) && memcmp(s.data, text, s.len) == 0;
+}
+
 static amber_status read_rope(const struct gguf_file *file, struct shape *s, amber_error *err) {
     const char *arch = s->arch->name;
-    double base = 10000, factor = 0, n_ctx_orig = s->n_ctx_train, attn_factor = 1;
+    const int half = s->n_rot / 2;
+    double base = 10000, local_base = s->arch->window_base, factor = 0, attn_factor = 1;
     double beta_fast = 32, beta_slow = 1;
     if (get_float(file, arch, "rope.freq_base", &base, err) < 0 ||
+        get_float(file, arch, "rope.freq_base_swa", &local_base, err) < 0 ||
         get_float(file, arch, "rope.scale_linear", &factor, err) < 0 ||
         get_float(file, arch, "rope.scaling.factor", &factor, err) < 0 ||
         get_float(file, arch, "rope.scaling.attn_factor", &attn_factor, err) < 0 ||
         get_float(file, arch, "rope.scaling.yarn_beta_fast", &beta_fast, err) < 0 ||
         get_float(file, arch, "rope.scaling.yarn_beta_slow", &beta_slow, err) < 0)
         return AMBER_ERR_FORMAT;
-    int orig = 0, has_orig = get_int(file, arch, "rope.scaling.original_context_length", 1, 1 << 30,
-                                     &orig, err);
-    if (has_orig < 0) return AMBER_ERR_FORMAT;
-    if (has_orig) n_ctx_orig = orig;
-    if (base <= 1)
+    s->n_ctx_orig = s->n_ctx_train;
+    if (get_int(file, arch, "rope.scaling.original_context_length", 1, 1 << 30, &s->n_ctx_orig,
+                err) < 0)
+        return AMBER_ERR_FORMAT;
+    if (base <= 1 || (local_base && local_base <= 1))
         return amber_fail(err, AMBER_ERR_FORMAT, "%s: %s.rope.freq_base: expected > 1, found %g",
-                          file->label, arch, base);
+                          file->label, arch, base <= 1 ? base : local_base);
 
     char key[128];
     struct gguf_string type = {0};
     snprintf(key, sizeof key, "%s.rope.scaling.type", arch);
     if (gguf_get_string(file, key, &type, err) < 0) return AMBER_ERR_FORMAT;
-    bool yarn = type.len == 4 && memcmp(type.data, "yarn", 4) == 0;
-    bool linear = type.len == 0 || (type.len == 6 && memcmp(type.data, "linear", 6) == 0);
-    bool none = type.len == 4 && memcmp(type.data, "none", 4) == 0;
-    if (!yarn && !linear && !none)
+    bool yarn = is_text(type, "yarn"), none = is_text(type, "none");
+    if (!yarn && !none && type.len && !is_text(type, "linear") && !is_text(type, "longrope"))
         return amber_fail(err, AMBER_ERR_UNSUPPORTED,
-                          "%s: %s is \"%.*s\"; this version knows none, linear and yarn",
+                          "%s: %s is \"%.*s\"; this version knows none, linear, yarn and longrope",
                           file->label, key, (int)(type.len > 40 ? 40 : type.len), type.data);
-    if (none || factor <= 0) factor = 1;
+    if (none || factor <= 0 || is_text(type, "longrope")) factor = 1;
 
-    /* Llama 3 writes its scaling as a tensor of divisors, one per pair. */
-    const struct gguf_tensor *divisors = gguf_find_tensor(file, "rope_freqs.weight");
-    if (divisors && (divisors->type != TYPE_F32 || divisors->ne[0] != (uint64_t)s->n_rot / 2))
+    const uint8_t *divisors = NULL, *long_divisors = NULL;
+    amber_status status = find_divisors(file, "rope_freqs.weight", half, &divisors, err);
+    if (status == AMBER_OK)
+        status = find_divisors(file, "rope_factors_short.weight", half, &divisors, err);
+    if (status == AMBER_OK)
+        status = find_divisors(file, "rope_factors_long.weight", half, &long_divisors, err);
+    if (status != AMBER_OK) return status;
+    if (is_text(type, "longrope") && (!divisors || !long_divisors))
         return amber_fail(err, AMBER_ERR_FORMAT,
-                          "%s: rope_freqs.weight: expected %d F32 values, found %llu of type %u",
-                          file->label, s->n_rot / 2, (unsigned long long)divisors->ne[0],
-                          divisors->type);
+                          "%s: %s is longrope: expected the tensors rope_factors_short.weight and "
+                          "rope_factors_long.weight, not found (convert it anew)",
+                          file->label, key);
 
-    s->rope_freq = malloc(sizeof(double) * (size_t)(s->n_rot / 2));
-    if (!s->rope_freq) return amber_fail(err, AMBER_ERR_MEMORY, "%s: no memory", file->label);
+    double *freq = malloc(sizeof *freq * 3 * (size_t)half);
+    if (!freq) return amber_fail(err, AMBER_ERR_MEMORY, "%s: no memory", file->label);
+    s->rope_freq = freq;
+    s->rope_long = long_divisors ? freq + half : NULL;
+    s->rope_local = local_base && s->window ? freq + 2 * (int64_t)half : NULL;
     s->rope_mscale = (float)attn_factor;
     if (yarn && factor > 1) s->rope_mscale *= (float)(1 + 0.1 * log(factor));
-    for (int i = 0; i < s->n_rot / 2; i++) {
-        double freq = pow(base, -2.0 * i / s->n_rot);
-        if (divisors) {
-            float d;
-            memcpy(&d, divisors->data + sizeof d * (size_t)i, sizeof d);
-            if (!(d > 0) || !isfinite(d)) {
-                free(s->rope_freq);
-                s->rope_freq = NULL;
-                return amber_fail(err, AMBER_ERR_FORMAT,
-                                  "%s: rope_freqs.weight[%d]: expected > 0, found %g", file->label,
-                                  i, (double)d);
-            }
-            freq /= d;
-        }
-        double interpolated = freq / factor;
-        double mix = yarn ? yarn_ramp(i, s->n_rot, base, n_ctx_orig, beta_fast, beta_slow) : 1;
-        s->rope_freq[i] = freq * (1 - mix) + interpolated * mix;
+    for (int i = 0; i < half; i++) {
+        double plain = pow(base, -2.0 * i / s->n_rot), f = plain / (double)divisor(divisors, i);
+        double mix = yarn ? yarn_ramp(i, s->n_rot, base, s->n_ctx_orig, beta_fast, beta_slow) : 1;
+        freq[i] = f * (1 - mix) + f / factor * mix;
+        freq[half + i] = plain / (double)divisor(long_divisors, i);
+        freq[2 * (int64_t)half + i] = local_base ? pow(local_base, -2.0 * i / s->n_rot) : 0;
     }
     return AMBER_OK;
+}
+
+/* Which layers see only a window. The file may say so layer by layer, or as a period. */
+static amber_status read_windows(const struct gguf_file *file, struct shape *s, amber_error *err) {
+    const char *arch = s->arch->name;
+    int period = s->arch->window_period;
+    s->windowed = calloc((size_t)s->n_layer, 1);
+    if (!s->windowed) return amber_fail(err, AMBER_ERR_MEMORY, "%s: no memory", file->label);
+    if (!period) return AMBER_OK;
+    s->window = s->arch->window;
+    if (get_int(file, arch, "attention.sliding_window", 0, 1 << 30, &s->window, err) < 0)
+        return AMBER_ERR_FORMAT;
+    if (!s->window) return AMBER_OK;
+    char key[128];
+    snprintf(key, sizeof key, "%s.attention.sliding_window_pattern", arch);
+    const struct gguf_kv *kv = gguf_find(file, key);
+    bool listed = kv && kv->type == GGUF_ARRAY;
+    if (listed && (kv->elem_type == GGUF_STRING || kv->count < (uint64_t)s->n_layer))
+        return amber_fail(err, AMBER_ERR_FORMAT, "%s: %s: expected %d flags, found %llu%s",
+                          file->label, key, s->n_layer, (unsigned long long)kv->count,
+                          kv->elem_type == GGUF_STRING ? " strings" : "");
+    if (!listed &&
+        get_int(file, arch, "attention.sliding_window_pattern", 1, 4096, &period, err) < 0)
+        return AMBER_ERR_FORMAT;
+    for (int il = 0; il < s->n_layer; il++)
+        s->windowed[il] =
+            listed ? gguf_array_i64(kv, (uint64_t)il) != 0 : period == 1 || (il + 1) % period != 0;
+    return AMBER_OK;
+}
+
+/* Factors and caps that some architectures have. */
+static amber_status read_factors(const struct gguf_file *file, struct shape *s, amber_error *err) {
+    const struct arch *a = s->arch;
+    double width = a->wide_layers == s->n_layer && a->wide_layers ? (double)s->n_embd / s->n_head
+                                                                  : s->head_dim;
+    double attn = 0, attn_cap = (double)a->attn_softcap, final_cap = (double)a->final_softcap;
+    double embed = a->scale_embedding ? sqrt(s->n_embd) : 1, residual = 1, logit = 1;
+    const struct {
+        const char *name;
+        double *value;
+    } keys[] = {
+        {"attention.scale", &attn},    {"attn_logit_softcapping", &attn_cap},
+        {"embedding_scale", &embed},   {"final_logit_softcapping", &final_cap},
+        {"residual_scale", &residual}, {"logit_scale", &logit},
+    };
+    for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++)
+        if (get_float(file, a->name, keys[i].name, keys[i].value, err) < 0) return AMBER_ERR_FORMAT;
+    s->attn_scale = (float)(attn ? attn : 1 / sqrt(width));
+    s->attn_softcap = (float)attn_cap;
+    s->final_softcap = (float)final_cap;
+    s->embed_scale = (float)(embed ? embed : 1);
+    s->residual_scale = (float)(residual ? residual : 1);
+    s->logit_scale = (float)(!logit ? 1 : a->divide_logits ? 1 / logit : logit);
+    return AMBER_OK;
+}
+
+void shape_free(struct shape *s) {
+    free(s->rope_freq);
+    free(s->windowed);
+    *s = (struct shape){0};
 }
 
 static amber_status find_arch(const struct gguf_file *file, const struct arch **out,
@@ -167,8 +287,7 @@ static amber_status find_arch(const struct gguf_file *file, const struct arch **
                       file->label, (int)(name.len > 40 ? 40 : name.len), name.data, arch_list());
 }
 
-amber_status arch_read_shape(const struct gguf_file *file, struct shape *s, amber_error *err) {
-    *s = (struct shape){0};
+static amber_status read_shape(const struct gguf_file *file, struct shape *s, amber_error *err) {
     amber_status status = find_arch(file, &s->arch, err);
     if (status != AMBER_OK) return status;
     const char *arch = s->arch->name;
@@ -201,12 +320,11 @@ amber_status arch_read_shape(const struct gguf_file *file, struct shape *s, ambe
     if (get_int(file, arch, "attention.value_length", 1, 1 << 20, &value_length, err) < 0 ||
         get_int(file, arch, "expert_count", 0, 1 << 20, &experts, err) < 0)
         return AMBER_ERR_FORMAT;
-    if (s->arch->sliding_window &&
-        get_int(file, arch, "attention.sliding_window", 0, 1 << 30, &s->window, err) < 0)
-        return AMBER_ERR_FORMAT;
-    int found = get_float(file, arch, "attention.layer_norm_rms_epsilon", &eps, err);
+    const char *eps_key =
+        s->arch->layer_norm ? "attention.layer_norm_epsilon" : "attention.layer_norm_rms_epsilon";
+    int found = get_float(file, arch, eps_key, &eps, err);
     if (found < 0) return AMBER_ERR_FORMAT;
-    if (!found) return missing(file, arch, "attention.layer_norm_rms_epsilon", err);
+    if (!found) return missing(file, arch, eps_key, err);
     s->norm_eps = (float)eps;
 
     if (experts > 0)
@@ -231,7 +349,6 @@ amber_status arch_read_shape(const struct gguf_file *file, struct shape *s, ambe
     if ((int64_t)s->n_head * s->head_dim > AMBER_MAX_K)
         return amber_fail(err, AMBER_ERR_UNSUPPORTED, "%s: attention width: at most %d, found %lld",
                           file->label, AMBER_MAX_K, (long long)s->n_head * s->head_dim);
-    s->attn_scale = (float)(1 / sqrt(s->head_dim));
 
     const struct gguf_tensor *embedding = gguf_find_tensor(file, "token_embd.weight");
     if (!embedding)
@@ -244,5 +361,14 @@ amber_status arch_read_shape(const struct gguf_file *file, struct shape *s, ambe
                           "%s: token_embd.weight: expected 1..16777216 rows, found %llu",
                           file->label, (unsigned long long)embedding->ne[1]);
     s->n_vocab = (int)embedding->ne[1];
-    return read_rope(file, s, err);
+    status = read_factors(file, s, err);
+    if (status == AMBER_OK) status = read_windows(file, s, err);
+    return status == AMBER_OK ? read_rope(file, s, err) : status;
+}
+
+amber_status arch_read_shape(const struct gguf_file *file, struct shape *s, amber_error *err) {
+    *s = (struct shape){0};
+    amber_status status = read_shape(file, s, err);
+    if (status != AMBER_OK) shape_free(s);
+    return status;
 }

@@ -220,7 +220,7 @@ amber_status amber_memory_estimate(const char *path, const amber_engine_options 
         status = session_estimate(&shape, floats, &plan, o.threads, &kernels, n_ctx, n_batch,
                                   &full.kv_bytes, &full.scratch_bytes, err);
     plan_free(&plan);
-    free(shape.rope_freq);
+    shape_free(&shape);
     gguf_close(file);
     if (status != AMBER_OK) return status;
     full.total_bytes = full.weights_bytes + full.mapped_bytes + full.kv_bytes + full.scratch_bytes;

@@ -11,19 +11,25 @@ static void layer(struct batch *b, int il, int first_out) {
     const struct linear *qkv[] = {&w->q, &w->k, &w->v};
     const struct linear *gate_up[] = {&w->gate, &w->up};
 
-    op_norm(b, w->attn_norm, qkv, 3);
+    op_norm(b, &w->attn_norm, qkv, 3);
     op_linear(b, qkv, (float *[]){b->q, b->k, b->v}, 3);
     op_rope_and_store(b, il);
     if (il == b->model->shape.n_layer - 1) op_keep_rows(b, first_out);
     if (b->rows == 0) return;
     op_attention(b, il);
+    if (w->parallel) {
+        op_norm(b, &w->attn_norm, gate_up, 2);
+        op_linear(b, gate_up, (float *[]){b->gate, b->up}, 2);
+    }
     op_prepare(b, b->attn, &w->o);
-    op_linear_residual(b, &w->o);
+    op_linear_residual(b, &w->o, &w->post_attn_norm);
 
-    op_norm(b, w->ffn_norm, gate_up, 2);
-    op_linear(b, gate_up, (float *[]){b->gate, b->up}, 2);
-    op_swiglu(b, &w->down);
-    op_linear_residual(b, &w->down);
+    if (!w->parallel) {
+        op_norm(b, &w->ffn_norm, gate_up, 2);
+        op_linear(b, gate_up, (float *[]){b->gate, b->up}, 2);
+    }
+    op_activate(b, &w->down);
+    op_linear_residual(b, &w->down, &w->post_ffn_norm);
 }
 
 amber_status forward(struct batch *b, const int32_t *tokens, int rows, int pos0, int first_out,
@@ -44,8 +50,9 @@ amber_status forward(struct batch *b, const int32_t *tokens, int rows, int pos0,
     op_keep_rows(b, pair);
     if (b->rows > 0) {
         const struct linear *head[] = {&b->model->output};
-        op_norm(b, b->model->output_norm, head, 1);
+        op_norm(b, &b->model->output_norm, head, 1);
         op_linear(b, head, &logits, 1);
+        if (b->model->shape.final_softcap > 0) op_softcap(b, logits, b->model->shape.final_softcap);
     }
     return AMBER_OK;
 }

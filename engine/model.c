@@ -32,6 +32,7 @@ struct projection {
     size_t offset;
 };
 
+/* n_out is 0 for a gate that the model does not have. */
 static void projections(const struct shape *s, struct projection p[N_PROJ]) {
     int q = s->n_head * s->head_dim, kv = s->n_head_kv * s->head_dim;
     const struct projection table[N_PROJ] = {
@@ -39,7 +40,8 @@ static void projections(const struct shape *s, struct projection p[N_PROJ]) {
         [PROJ_K] = {"attn_k", kv, s->n_embd, offsetof(struct layer, k)},
         [PROJ_V] = {"attn_v", kv, s->n_embd, offsetof(struct layer, v)},
         [PROJ_O] = {"attn_output", s->n_embd, q, offsetof(struct layer, o)},
-        [PROJ_GATE] = {"ffn_gate", s->n_ff, s->n_embd, offsetof(struct layer, gate)},
+        [PROJ_GATE] = {"ffn_gate", s->arch->no_gate ? 0 : s->n_ff, s->n_embd,
+                       offsetof(struct layer, gate)},
         [PROJ_UP] = {"ffn_up", s->n_ff, s->n_embd, offsetof(struct layer, up)},
         [PROJ_DOWN] = {"ffn_down", s->n_embd, s->n_ff, offsetof(struct layer, down)},
     };
@@ -60,10 +62,11 @@ static int64_t linear_bytes(int n_out, int n_in, bool float_weights) {
     return outputs * k_padded(n_in) + outputs * (int64_t)sizeof(float);
 }
 
-/* Finds a float-valued tensor of the given shape; n_out 0 means one-dimensional. */
-static amber_status find_weight(const struct gguf_file *file, const char *name, int n_out, int n_in,
-                                const struct gguf_tensor **out, amber_error *err) {
-    const struct gguf_tensor *t = gguf_find_tensor(file, name);
+/* Proves that t, which may be NULL for a missing tensor, is float-valued and of this shape; n_out 0
+ * means one-dimensional. */
+static amber_status check_weight(const struct gguf_file *file, const char *name,
+                                 const struct gguf_tensor *t, int n_out, int n_in,
+                                 amber_error *err) {
     if (!t)
         return amber_fail(err, AMBER_ERR_FORMAT,
                           "%s: tensor %s: expected, not found (the file is incomplete or split)",
@@ -81,8 +84,13 @@ static amber_status find_weight(const struct gguf_file *file, const char *name, 
             "%s: tensor %s has type %s, which this version cannot read; Q8_0, Q6_K, Q4_K "
             "and their kin work",
             file->label, name, type ? type->name : "unknown");
-    *out = t;
     return AMBER_OK;
+}
+
+static amber_status find_weight(const struct gguf_file *file, const char *name, int n_out, int n_in,
+                                const struct gguf_tensor **out, amber_error *err) {
+    *out = gguf_find_tensor(file, name);
+    return check_weight(file, name, *out, n_out, n_in, err);
 }
 
 /* ---- memory ---- */
@@ -203,10 +211,10 @@ static amber_status load_packed(struct loader *ld, const char *stem, int n_out, 
     return report(ld, t);
 }
 
-/* A one-dimensional tensor as float32, padded with zeros to whole panels. */
-static amber_status load_vector(struct loader *ld, const char *name, int n, const float **out) {
-    const struct gguf_tensor *t = NULL;
-    amber_status status = find_weight(ld->m->file, name, 0, n, &t, ld->err);
+/* A one-dimensional tensor as float32, padded with zeros to whole panels. t NULL: missing. */
+static amber_status load_vector(struct loader *ld, const char *name, const struct gguf_tensor *t,
+                                int n, const float **out) {
+    amber_status status = check_weight(ld->m->file, name, t, 0, n, ld->err);
     if (status != AMBER_OK) return status;
     float *v = keep(ld->m, sizeof(float) * (size_t)amber_round_up(n, AMBER_PANEL));
     if (!v) return no_memory(ld, name, n);
@@ -247,44 +255,163 @@ static amber_status prepare_rule(struct loader *ld, const struct gguf_tensor *t,
     return score_channels(t, out->n_out, out->n_in, rule->criterion, ld->pool, score, ld->err);
 }
 
+/* The tensor that holds a projection's rows, or those rows of the tensor that holds several: attn_qkv
+ * has q, k and v one below the other, and an ffn_up of twice the height has the gate above. suffix:
+ * "weight" or "bias". view->data is NULL where the file has none. */
+static void find_rows(const struct model *m, int il, int id, const struct projection *p,
+                      const char *suffix, struct gguf_tensor *view) {
+    const struct shape *s = &m->shape;
+    const int q = s->n_head * s->head_dim, kv = s->n_head_kv * s->head_dim;
+    const int qkv[] = {[PROJ_Q] = 0, [PROJ_K] = q, [PROJ_V] = q + kv};
+    const bool bias = strcmp(suffix, "bias") == 0;
+    char name[64];
+    snprintf(name, sizeof name, "blk.%d.%s.%s", il, p->name, suffix);
+    const struct gguf_tensor *t = gguf_find_tensor(m->file, name);
+    int64_t first = 0, height = p->n_out;
+    if (!t && id <= PROJ_V) {
+        snprintf(name, sizeof name, "blk.%d.attn_qkv.%s", il, suffix);
+        t = gguf_find_tensor(m->file, name);
+        first = qkv[id];
+        height = q + 2 * kv;
+    } else if (id == PROJ_GATE || id == PROJ_UP) {
+        char gate[64], up[64];
+        snprintf(gate, sizeof gate, "blk.%d.ffn_gate.weight", il);
+        snprintf(up, sizeof up, "blk.%d.ffn_up.%s", il, suffix);
+        const struct gguf_tensor *both = gguf_find_tensor(m->file, up);
+        if (!gguf_find_tensor(m->file, gate) && both &&
+            both->ne[bias ? 0 : 1] == 2 * (uint64_t)s->n_ff) {
+            t = both;
+            first = id == PROJ_UP ? s->n_ff : 0;
+            height = 2 * (int64_t)s->n_ff;
+        }
+    }
+    *view = (struct gguf_tensor){0};
+    if (!t) return;
+    *view = *t;
+    const uint64_t row = bias ? type_row_bytes(t->type, 1) : type_row_bytes(t->type, t->ne[0]);
+    if (t->ne[bias ? 0 : 1] != (uint64_t)height || height == p->n_out || row == 0) return;
+    view->data += (uint64_t)first * row;
+    view->ne[bias ? 0 : 1] = (uint64_t)p->n_out;
+    view->size = (uint64_t)p->n_out * row;
+}
+
+/* Multiplies a layer's outputs by a factor. Vectors that lie in a mapped file are copied. */
+static amber_status scale_linear(struct loader *ld, struct linear *w, float factor) {
+    if (factor == 1) return AMBER_OK;
+    const int outputs = n_panels(w->n_out) * AMBER_PANEL;
+    float *scale = keep(ld->m, 2 * sizeof *scale * (size_t)outputs);
+    if (!scale) return no_memory(ld, "scaled outputs", 2 * outputs * (int64_t)sizeof *scale);
+    if (w->f32) {
+        float *f32 = (float *)(uintptr_t)w->f32; /* made by load_linear or load_packed */
+        for (int64_t i = 0; i < (int64_t)w->n_out * w->n_in; i++) f32[i] *= factor;
+    } else {
+        for (int o = 0; o < outputs; o++) scale[o] = w->w8.scale[o] * factor;
+        w->w8.scale = scale;
+    }
+    if (!w->bias) return AMBER_OK;
+    float *bias = scale + outputs;
+    for (int o = 0; o < outputs; o++) bias[o] = w->bias[o] * factor;
+    w->bias = w->w8.bias = bias;
+    return AMBER_OK;
+}
+
 static amber_status load_projection(struct loader *ld, int il, int id, const struct projection *p) {
     struct linear *out = (struct linear *)((char *)&ld->m->layers[il] + p->offset);
     char stem[48], name[64];
     snprintf(stem, sizeof stem, "blk.%d.%s", il, p->name);
     snprintf(name, sizeof name, "%s.weight", stem);
-    const struct gguf_tensor *t = NULL;
+    struct gguf_tensor t = {0};
     amber_status status;
     if (ld->m->packed) {
         status = load_packed(ld, stem, p->n_out, p->n_in, out);
     } else {
-        status = find_weight(ld->m->file, name, p->n_out, p->n_in, &t, ld->err);
-        if (status == AMBER_OK) status = load_linear(ld, t, name, p->n_out, p->n_in, out);
+        find_rows(ld->m, il, id, p, "weight", &t);
+        status = check_weight(ld->m->file, name, t.data ? &t : NULL, p->n_out, p->n_in, ld->err);
+        if (status == AMBER_OK) status = load_linear(ld, &t, name, p->n_out, p->n_in, out);
     }
-    if (status == AMBER_OK)
-        status = prepare_rule(ld, t, stem, plan_rule(&ld->m->plan, il, id), out);
-    if (status != AMBER_OK) return status;
-
-    snprintf(name, sizeof name, "blk.%d.%s.bias", il, p->name);
-    if (gguf_find_tensor(ld->m->file, name)) {
-        status = load_vector(ld, name, p->n_out, &out->bias);
+    struct gguf_tensor bias;
+    find_rows(ld->m, il, id, p, "bias", &bias);
+    if (status == AMBER_OK && bias.data) {
+        snprintf(name, sizeof name, "%s.bias", stem);
+        status = load_vector(ld, name, &bias, p->n_out, &out->bias);
         out->w8.bias = out->bias;
     }
+    if (status == AMBER_OK && (id == PROJ_O || id == PROJ_DOWN))
+        status = scale_linear(ld, out, ld->m->shape.residual_scale);
+    return status == AMBER_OK ? prepare_rule(ld, &t, stem, plan_rule(&ld->m->plan, il, id), out)
+                              : status;
+}
+
+/* stem.weight and, where the file has it, stem.bias. */
+static amber_status load_norm(struct loader *ld, const char *stem, struct norm *norm) {
+    char name[64];
+    norm->n = ld->m->shape.n_embd;
+    snprintf(name, sizeof name, "%s.weight", stem);
+    amber_status status =
+        load_vector(ld, name, gguf_find_tensor(ld->m->file, name), norm->n, &norm->weight);
+    snprintf(name, sizeof name, "%s.bias", stem);
+    const struct gguf_tensor *bias = gguf_find_tensor(ld->m->file, name);
+    if (status == AMBER_OK && bias) status = load_vector(ld, name, bias, norm->n, &norm->bias);
+    return status;
+}
+
+/* The norm of queries or keys, where the file has one: over each head, with the heads' own weights
+ * or shared ones, or over the whole row. */
+static amber_status load_head_norm(struct loader *ld, int il, const char *stem, int n_head,
+                                   struct norm *norm) {
+    char name[64];
+    snprintf(name, sizeof name, "blk.%d.%s.weight", il, stem);
+    const struct gguf_tensor *t = gguf_find_tensor(ld->m->file, name);
+    if (!t) return AMBER_OK;
+    const int head = ld->m->shape.head_dim;
+    struct gguf_tensor flat = *t;
+    norm->n = t->ne[0] == (uint64_t)head ? head : n_head * head;
+    if (t->ne[0] == (uint64_t)head && t->ne[1] == (uint64_t)n_head && n_head > 1) {
+        norm->step = head;
+        flat.ne[0] = (uint64_t)n_head * (uint64_t)head;
+        flat.ne[1] = 1;
+    }
+    return load_vector(ld, name, &flat, norm->step ? n_head * head : norm->n, &norm->weight);
+}
+
+static amber_status load_norms(struct loader *ld, int il) {
+    struct layer *layer = &ld->m->layers[il];
+    const enum norm_places places = ld->m->shape.arch->norms;
+    const bool pre = places != NORM_POST, post = places == NORM_POST || places == NORM_PRE_POST;
+    char stem[64], name[64];
+    snprintf(name, sizeof name, "blk.%d.ffn_norm.weight", il);
+    layer->parallel = places == NORM_PARALLEL ||
+                      (places == NORM_PRE_OR_PARALLEL && !gguf_find_tensor(ld->m->file, name));
+    const struct {
+        const char *name;
+        bool wanted;
+        struct norm *norm;
+    } norms[] = {
+        {"attn_norm", pre, &layer->attn_norm},
+        {"post_attention_norm", post, &layer->post_attn_norm},
+        {"ffn_norm", pre && !layer->parallel, &layer->ffn_norm},
+        {"post_ffw_norm", post, &layer->post_ffn_norm},
+    };
+    amber_status status = AMBER_OK;
+    for (size_t i = 0; i < sizeof norms / sizeof norms[0] && status == AMBER_OK; i++) {
+        if (!norms[i].wanted) continue;
+        snprintf(stem, sizeof stem, "blk.%d.%s", il, norms[i].name);
+        status = load_norm(ld, stem, norms[i].norm);
+    }
+    const struct shape *s = &ld->m->shape;
+    if (status == AMBER_OK)
+        status = load_head_norm(ld, il, "attn_q_norm", s->n_head, &layer->q_norm);
+    if (status == AMBER_OK)
+        status = load_head_norm(ld, il, "attn_k_norm", s->n_head_kv, &layer->k_norm);
     return status;
 }
 
 static amber_status load_layer(struct loader *ld, int il) {
-    struct layer *layer = &ld->m->layers[il];
-    int n_embd = ld->m->shape.n_embd;
-    char name[64];
-    snprintf(name, sizeof name, "blk.%d.attn_norm.weight", il);
-    amber_status status = load_vector(ld, name, n_embd, &layer->attn_norm);
-    snprintf(name, sizeof name, "blk.%d.ffn_norm.weight", il);
-    if (status == AMBER_OK) status = load_vector(ld, name, n_embd, &layer->ffn_norm);
-
+    amber_status status = load_norms(ld, il);
     struct projection p[N_PROJ];
     projections(&ld->m->shape, p);
     for (int i = 0; i < N_PROJ && status == AMBER_OK; i++)
-        status = load_projection(ld, il, i, &p[i]);
+        if (p[i].n_out) status = load_projection(ld, il, i, &p[i]);
     return status;
 }
 
@@ -342,13 +469,21 @@ static amber_status load_head(struct loader *ld) {
     if (m->packed && gguf_get_bool(m->file, "amber.tied_output", &tied, ld->err) < 0)
         return AMBER_ERR_FORMAT;
     if (!tied) m->n_params += (int64_t)s->n_vocab * s->n_embd; /* the embedding, not converted */
-    if (m->packed) return load_packed(ld, "output", s->n_vocab, s->n_embd, &m->output);
-    if (!tied) {
-        amber_status status =
-            find_weight(m->file, "output.weight", s->n_vocab, s->n_embd, &head, ld->err);
-        if (status != AMBER_OK) return status;
+    amber_status status = AMBER_OK;
+    if (m->packed) {
+        status = load_packed(ld, "output", s->n_vocab, s->n_embd, &m->output);
+    } else {
+        if (!tied)
+            status = find_weight(m->file, "output.weight", s->n_vocab, s->n_embd, &head, ld->err);
+        if (status == AMBER_OK)
+            status = load_linear(ld, head, "output.weight", s->n_vocab, s->n_embd, &m->output);
     }
-    return load_linear(ld, head, "output.weight", s->n_vocab, s->n_embd, &m->output);
+    const struct gguf_tensor *bias = gguf_find_tensor(m->file, "output.bias");
+    if (status == AMBER_OK && bias) {
+        status = load_vector(ld, "output.bias", bias, s->n_vocab, &m->output.bias);
+        m->output.w8.bias = m->output.bias;
+    }
+    return status;
 }
 
 static amber_status load_all(struct loader *ld, const char *sparse) {
@@ -372,10 +507,9 @@ static amber_status load_all(struct loader *ld, const char *sparse) {
         ld->total += (int64_t)m->file->tensors[i].size;
 
     for (int il = 0; il < s->n_layer && status == AMBER_OK; il++) status = load_layer(ld, il);
-    if (status == AMBER_OK)
-        status = load_vector(ld, "output_norm.weight", s->n_embd, &m->output_norm);
-    if (status != AMBER_OK) return status;
-    return load_head(ld);
+    if (status == AMBER_OK) status = load_norm(ld, "output_norm", &m->output_norm);
+    if (status == AMBER_OK) status = load_head(ld);
+    return status == AMBER_OK ? scale_linear(ld, &m->output, s->logit_scale) : status;
 }
 
 amber_status model_load(struct gguf_file *file, const amber_engine_options *options,
@@ -398,9 +532,21 @@ void model_free(struct model *m) {
     free(m->blocks);
     free(m->layers);
     plan_free(&m->plan);
-    free(m->shape.rope_freq);
+    shape_free(&m->shape);
     gguf_close(m->file);
     *m = (struct model){0};
+}
+
+/* Norms and biases as load_vector keeps them. */
+static int64_t vector_bytes(const struct gguf_file *file) {
+    int64_t bytes = 0;
+    for (uint64_t i = 0; i < file->n_tensors; i++) {
+        const struct gguf_tensor *t = &file->tensors[i];
+        const bool scale = t->name.len > 6 && !memcmp(t->name.data + t->name.len - 6, ".scale", 6);
+        if (t->ne[1] == 1 && !scale)
+            bytes += amber_round_up((int64_t)t->ne[0], AMBER_PANEL) * (int64_t)sizeof(float);
+    }
+    return bytes;
 }
 
 amber_status model_estimate(const struct gguf_file *file, bool float_weights, struct shape *s,
@@ -409,14 +555,13 @@ amber_status model_estimate(const struct gguf_file *file, bool float_weights, st
     amber_status status = arch_read_shape(file, s, err);
     if (status == AMBER_OK) status = packed_check(file, &packed, err);
     if (status != AMBER_OK) return status;
+    int64_t matrices = linear_bytes(s->n_vocab, s->n_embd, float_weights);
     struct projection p[N_PROJ];
     projections(s, p);
-    int64_t matrices = linear_bytes(s->n_vocab, s->n_embd, float_weights);
     for (int i = 0; i < N_PROJ; i++)
         matrices += s->n_layer * linear_bytes(p[i].n_out, p[i].n_in, float_weights);
     bool mapped = packed && !float_weights;
-    *weight_bytes = (2 * s->n_layer + 1) * (int64_t)s->n_embd * (int64_t)sizeof(float) +
-                    (mapped ? 0 : matrices);
+    *weight_bytes = vector_bytes(file) + (mapped ? 0 : matrices);
     *mapped_bytes =
         (int64_t)gguf_find_tensor(file, "token_embd.weight")->size + (mapped ? matrices : 0);
     return AMBER_OK;
@@ -426,4 +571,6 @@ void model_embed(const struct model *m, int32_t token, float *x) {
     const struct type_info *type = type_info(m->embedding->type);
     uint64_t row = type_row_bytes(m->embedding->type, (uint64_t)m->shape.n_embd);
     type->to_float(m->embedding->data + (uint64_t)token * row, x, m->shape.n_embd);
+    if (m->shape.embed_scale != 1)
+        for (int i = 0; i < m->shape.n_embd; i++) x[i] *= m->shape.embed_scale;
 }

@@ -8,21 +8,61 @@
 #include "plan.h"
 #include "threads.h"
 
-/* One row per architecture: what makes it differ from the others, as data. */
+/* Where a block normalizes: before its two halves, after them, or both. A parallel block gives both
+ * halves the same normed input. */
+enum norm_places { NORM_PRE, NORM_PRE_POST, NORM_POST, NORM_PARALLEL, NORM_PRE_OR_PARALLEL };
+
+/* One row per architecture: what makes it differ from the others, as data. What a file says itself
+ * (biases, norms of q and k, fused matrices, experts, most factors) needs no entry. */
 struct arch {
-    const char *name;    /* general.architecture */
-    bool rope_halves;    /* RoPE pairs (i, i + n/2) instead of (2i, 2i+1) */
-    bool sliding_window; /* honours attention.sliding_window */
+    const char *name; /* general.architecture */
+    enum norm_places norms;
+    bool layer_norm;      /* LayerNorm, else RMSNorm */
+    bool gelu;            /* activation of the feed-forward half: GELU (tanh), else SiLU */
+    bool no_gate;         /* the feed-forward half is down(f(up(x))), else down(f(gate(x)) up(x)) */
+    bool rope_halves;     /* RoPE pairs (i, i + n/2) instead of (2i, 2i+1) */
+    int no_rope_period;   /* every so many-th layer goes without RoPE; 0: none */
+    bool rope_windowed;   /* only windowed layers have RoPE */
+    int window_period;    /* with a sliding window, every so many-th layer still sees everything;
+                              1: none does; 0: the architecture has no windows */
+    int window;           /* where the file does not say */
+    double window_base;   /* RoPE base of windowed layers, without scaling; 0: the others' */
+    bool scale_embedding; /* by sqrt(n_embd) */
+    int wide_layers;      /* a model of so many layers scales scores by the width per head */
+    float attn_softcap, final_softcap; /* where the file does not say */
+    bool divide_logits;                /* by logit_scale, else multiplied */
+    bool keep_top_weights;             /* the chosen experts' shares are not normed to 1 */
 };
 
 struct shape {
     const struct arch *arch;
     int n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_rot, n_ctx_train;
-    int window; /* positions a token sees, itself included; 0: all */
+    int window;        /* positions that a token sees in a windowed layer, itself included; or 0 */
+    uint8_t *windowed; /* [n_layer] owned */
     float norm_eps;
-    float attn_scale;  /* 1 / sqrt(head_dim) */
-    float rope_mscale; /* factor on cos and sin (YaRN) */
-    double *rope_freq; /* [n_rot / 2] radians per position, scaling included; owned */
+    float attn_scale, attn_softcap, final_softcap;  /* a cap of 0: none */
+    float embed_scale, residual_scale, logit_scale; /* factors; 1: none */
+    /* Radians per position, scaling included, [n_rot / 2] each. */
+    double *rope_freq;        /* owned, and the block that holds the others */
+    const double *rope_long;  /* for contexts beyond n_ctx_orig, or NULL (longrope) */
+    const double *rope_local; /* for windowed layers, or NULL: the same */
+    int n_ctx_orig;
+    float rope_mscale; /* factor on cos and sin; 1 for rope_local */
+};
+
+static inline bool layer_has_rope(const struct shape *s, int il) {
+    if (s->arch->rope_windowed) return s->windowed[il];
+    return !s->arch->no_rope_period || (il + 1) % s->arch->no_rope_period;
+}
+static inline int layer_window(const struct shape *s, int il) {
+    return s->windowed[il] ? s->window : 0;
+}
+
+/* LayerNorm or RMSNorm by the architecture; weight NULL: there is none at this place. */
+struct norm {
+    const float *weight, *bias; /* bias may be NULL */
+    int n;                      /* elements that are normed together */
+    int step;                   /* from one head's weights to the next's; 0: shared */
 };
 
 /* y = x W^T + bias. Exactly one of w8.q and f32 is set, by the engine's precision. */
@@ -36,15 +76,17 @@ struct linear {
 };
 
 struct layer {
-    const float *attn_norm, *ffn_norm; /* [n_embd] */
-    struct linear q, k, v, o, gate, up, down;
+    struct norm attn_norm, post_attn_norm, ffn_norm, post_ffn_norm; /* [n_embd] */
+    struct norm q_norm, k_norm;               /* of each head, or of all heads together */
+    bool parallel;                            /* the feed-forward half reads what attention reads */
+    struct linear q, k, v, o, gate, up, down; /* gate.n_out 0: down reads f(up) */
 };
 
 struct model {
     struct gguf_file *file;
     struct shape shape;
     const struct gguf_tensor *embedding; /* [n_vocab, n_embd], any type; rows are read in place */
-    const float *output_norm;            /* [n_embd] */
+    struct norm output_norm;             /* [n_embd] */
     struct linear output;                /* [n_vocab, n_embd]; a tied head is converted as well */
     struct layer *layers;                /* [n_layer] */
     struct plan plan;
@@ -57,8 +99,9 @@ struct model {
     int n_blocks, cap_blocks;
 };
 
-/* Reads and checks the shape. On success the caller frees shape->rope_freq. */
+/* Reads and checks the shape. On success shape_free releases it. */
 amber_status arch_read_shape(const struct gguf_file *file, struct shape *shape, amber_error *err);
+void shape_free(struct shape *shape);
 /* Names of the supported architectures, separated by spaces. */
 const char *arch_list(void);
 
@@ -77,7 +120,7 @@ amber_status model_estimate(const struct gguf_file *file, bool float_weights, st
 amber_status model_read_plan(const struct gguf_file *file, const struct shape *shape,
                              const char *sparse, struct plan *plan, amber_error *err);
 
-/* One embedding row as float32. x [n_embd] */
+/* One embedding row as float32, scaled as the architecture wants. x [n_embd] */
 void model_embed(const struct model *model, int32_t token, float *x);
 
 #endif

@@ -3,6 +3,7 @@
  * changes a result. */
 #include "ops.h"
 
+#include <math.h>
 #include <string.h>
 
 struct embed_job {
@@ -88,8 +89,44 @@ void op_linear(struct batch *b, const struct linear *const w[], float *const y[]
     run_linear(&(struct linear_job){b, w, y, n, false});
 }
 
-void op_linear_residual(struct batch *b, const struct linear *w) {
-    run_linear(&(struct linear_job){b, (const struct linear *[]){w}, (float *[]){b->x}, 1, true});
+struct add_job {
+    struct batch *b;
+    const struct norm *norm;
+};
+
+static void add_work(void *ctx, int ith, int nth) {
+    const struct add_job *job = ctx;
+    const struct batch *b = job->b;
+    int begin, end, n = b->model->shape.n_embd;
+    amber_split(b->rows, 1, ith, nth, &begin, &end);
+    for (int r = begin; r < end; r++) {
+        float *x = b->x + (int64_t)r * n, *y = b->y + (int64_t)r * n;
+        norm_row(b, job->norm, 0, y, y);
+        for (int i = 0; i < n; i++) x[i] += y[i];
+    }
+}
+
+void op_linear_residual(struct batch *b, const struct linear *w, const struct norm *post) {
+    const bool add = !post->weight;
+    run_linear(&(struct linear_job){b, (const struct linear *[]){w}, (float *[]){add ? b->x : b->y},
+                                    1, add});
+    if (!add) run_rows(b, add_work, &(struct add_job){b, post});
+}
+
+struct softcap_job {
+    struct batch *b;
+    float *logits, cap;
+};
+
+static void softcap_work(void *ctx, int ith, int nth) {
+    const struct softcap_job *job = ctx;
+    int64_t n = (int64_t)job->b->rows * job->b->model->shape.n_vocab;
+    for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++)
+        job->logits[i] = job->cap * tanhf(job->logits[i] / job->cap);
+}
+
+void op_softcap(struct batch *b, float *logits, float cap) {
+    amber_pool_run(b->pool, softcap_work, &(struct softcap_job){b, logits, cap});
 }
 
 void op_keep_rows(struct batch *b, int first) {

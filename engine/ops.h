@@ -22,6 +22,16 @@ static inline float *q_row(const struct batch *b, float *base, int r) {
     return base + (int64_t)r * s->n_head * s->head_dim;
 }
 
+/* y = norm(x) over norm->n elements, with the weights from `at` on; y may be x. */
+static inline void norm_row(const struct batch *b, const struct norm *norm, int at, float *y,
+                            const float *x) {
+    const float *weight = norm->weight + at, *bias = norm->bias ? norm->bias + at : NULL;
+    if (b->model->shape.arch->layer_norm)
+        b->kernels->layernorm(y, x, weight, bias, norm->n, b->model->shape.norm_eps);
+    else
+        b->kernels->rmsnorm(y, x, weight, norm->n, b->model->shape.norm_eps);
+}
+
 /* The input that choose_inputs made for w in this batch. */
 const struct activation *input_of(const struct batch *b, const struct linear *w);
 /* Of an input in lists: the rows that are in them. */

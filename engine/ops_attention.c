@@ -6,27 +6,36 @@
 
 void op_rope_table(struct batch *b) {
     const struct shape *s = &b->model->shape;
-    int half = s->n_rot / 2;
-    for (int r = 0; r < b->rows; r++) {
-        for (int i = 0; i < half; i++) {
-            double angle = (b->pos0 + r) * s->rope_freq[i];
-            b->cos[(int64_t)r * half + i] = (float)cos(angle) * s->rope_mscale;
-            b->sin[(int64_t)r * half + i] = (float)sin(angle) * s->rope_mscale;
+    const int half = s->n_rot / 2;
+    for (int t = 0; t < 2 && b->rope_freq[t]; t++) {
+        const float mscale = t == 0 ? s->rope_mscale : 1;
+        for (int r = 0; r < b->rows; r++) {
+            for (int i = 0; i < half; i++) {
+                double angle = (b->pos0 + r) * b->rope_freq[t][i];
+                b->cos[t][(int64_t)r * half + i] = (float)cos(angle) * mscale;
+                b->sin[t][(int64_t)r * half + i] = (float)sin(angle) * mscale;
+            }
         }
     }
 }
 
-static uint8_t *kv_layer(const struct batch *b, int il, bool values) {
-    return b->kv + (2 * (int64_t)il + values) * b->kv_layer_bytes;
+int layer_positions(const struct batch *b, const struct shape *s, int il) {
+    return layer_window(s, il) ? b->window_ctx : b->n_ctx;
 }
 
-static void store_head(const struct batch *b, uint8_t *cache, int head, int pos, const float *src) {
+static uint8_t *kv_layer(const struct batch *b, int il, bool values) {
+    int64_t positions = 0;
+    for (int i = 0; i < il; i++) positions += 2 * layer_positions(b, &b->model->shape, i);
+    if (values) positions += layer_positions(b, &b->model->shape, il);
+    return b->kv + positions * b->kv_position_bytes;
+}
+
+static void store_head(const struct batch *b, uint8_t *cache, int64_t row, const float *src) {
     int n = b->model->shape.head_dim;
-    int64_t at = ((int64_t)head * b->n_ctx + pos) * n;
     if (b->kv_f32)
-        memcpy((float *)(void *)cache + at, src, sizeof(float) * (size_t)n);
+        memcpy((float *)(void *)cache + row * n, src, sizeof(float) * (size_t)n);
     else
-        b->kernels->f16_from_f32((uint16_t *)(void *)cache + at, src, n);
+        b->kernels->f16_from_f32((uint16_t *)(void *)cache + row * n, src, n);
 }
 
 struct attention_job {
@@ -36,26 +45,44 @@ struct attention_job {
     int units;
 };
 
+static void norm_heads(const struct batch *b, const struct norm *norm, float *x, int n_head) {
+    if (!norm->weight) return;
+    const int head_dim = b->model->shape.head_dim, n = n_head * head_dim;
+    for (int at = 0, head = 0; at < n; at += norm->n, head++)
+        norm_row(b, norm, head * norm->step, x + at, x + at);
+}
+
+static void rope_heads(const struct batch *b, int table, int r, float *x, int n_head) {
+    const struct shape *s = &b->model->shape;
+    const int64_t at = (int64_t)r * (s->n_rot / 2);
+    for (int h = 0; h < n_head; h++)
+        b->kernels->rope(x + h * s->head_dim, b->cos[table] + at, b->sin[table] + at, s->n_rot,
+                         s->arch->rope_halves);
+}
+
 static void rope_work(void *ctx, int ith, int nth) {
     const struct attention_job *job = ctx;
     struct batch *b = job->b;
     const struct shape *s = &b->model->shape;
-    const struct amber_kernels *kernels = b->kernels;
-    bool halves = s->arch->rope_halves;
+    const struct layer *layer = &b->model->layers[job->il];
+    const int table = s->windowed[job->il] && b->rope_freq[1];
+    const int positions = layer_positions(b, s, job->il), width = s->n_head_kv * s->head_dim;
     uint8_t *keys = kv_layer(b, job->il, false), *values = kv_layer(b, job->il, true);
-    int begin, end, kv_width = s->n_head_kv * s->head_dim;
+    int begin, end;
     amber_split(b->rows, 1, ith, nth, &begin, &end);
     for (int r = begin; r < end; r++) {
-        const float *cosines = b->cos + (int64_t)r * (s->n_rot / 2);
-        const float *sines = b->sin + (int64_t)r * (s->n_rot / 2);
-        float *q = q_row(b, b->q, r);
-        for (int h = 0; h < s->n_head; h++)
-            kernels->rope(q + h * s->head_dim, cosines, sines, s->n_rot, halves);
+        float *q = q_row(b, b->q, r), *k = b->k + (int64_t)r * width;
+        const float *v = b->v + (int64_t)r * width;
+        norm_heads(b, &layer->q_norm, q, s->n_head);
+        norm_heads(b, &layer->k_norm, k, s->n_head_kv);
+        if (layer_has_rope(s, job->il)) {
+            rope_heads(b, table, r, q, s->n_head);
+            rope_heads(b, table, r, k, s->n_head_kv);
+        }
         for (int h = 0; h < s->n_head_kv; h++) {
-            float *k = b->k + (int64_t)r * kv_width + h * s->head_dim;
-            kernels->rope(k, cosines, sines, s->n_rot, halves);
-            store_head(b, keys, h, b->pos0 + r, k);
-            store_head(b, values, h, b->pos0 + r, b->v + (int64_t)r * kv_width + h * s->head_dim);
+            const int64_t row = (int64_t)h * positions + (b->pos0 + r) % positions;
+            store_head(b, keys, row, k + h * s->head_dim);
+            store_head(b, values, row, v + h * s->head_dim);
         }
     }
 }
@@ -87,10 +114,11 @@ void op_attention(struct batch *b, int il) {
                                      .n_head = s->n_head,
                                      .n_head_kv = s->n_head_kv,
                                      .head_dim = s->head_dim,
-                                     .n_ctx = b->n_ctx,
+                                     .n_ctx = layer_positions(b, s, il),
                                      .pos0 = b->pos0,
-                                     .window = s->window,
-                                     .scale = s->attn_scale};
+                                     .window = layer_window(s, il),
+                                     .scale = s->attn_scale,
+                                     .softcap = s->attn_softcap};
     job.units = b->kernels->attention_units(&job.a);
     int64_t seen = (int64_t)b->rows * (b->pos0 + b->rows);
     if (2 * seen * s->n_head * s->head_dim < MIN_SHARED)

@@ -232,23 +232,32 @@ static void input_work(void *ctx, int ith, int nth) {
 }
 
 static void make_norm(struct batch *b, const void *source, int r, float *row) {
-    b->kernels->rmsnorm(row, b->x + (int64_t)r * b->n_in, source, b->n_in,
-                        b->model->shape.norm_eps);
+    norm_row(b, source, 0, row, b->x + (int64_t)r * b->n_in);
 }
 
 static void make_copy(struct batch *b, const void *source, int r, float *row) {
     memcpy(row, (const float *)source + (int64_t)r * b->n_in, sizeof *row * (size_t)b->n_in);
 }
 
-static void make_swiglu(struct batch *b, const void *source, int r, float *row) {
+static void make_activation(struct batch *b, const void *source, int r, float *row) {
     (void)source;
-    int64_t at = (int64_t)r * b->n_in;
-    b->kernels->silu_mul(row, b->gate + at, b->up + at, b->n_in);
+    const struct arch *arch = b->model->shape.arch;
+    const int64_t at = (int64_t)r * b->n_in;
+    const float *gate = arch->no_gate ? b->up + at : b->gate + at;
+    (arch->gelu ? b->kernels->gelu_mul
+                : b->kernels->silu_mul)(row, gate, arch->no_gate ? NULL : b->up + at, b->n_in);
 }
 
-void op_norm(struct batch *b, const float *weight, const struct linear *const w[], int n) {
-    choose_inputs(b, w, n);
-    run_rows(b, input_work, &(struct input_job){b, make_norm, weight});
+void op_norm(struct batch *b, const struct norm *norm, const struct linear *const w[], int n) {
+    const struct linear *present[MAX_INPUTS] = {NULL};
+    int count = 0;
+    for (int i = 0; i < n; i++)
+        if (w[i]->n_out) present[count++] = w[i];
+    choose_inputs(b, present, count);
+    if (norm->weight)
+        run_rows(b, input_work, &(struct input_job){b, make_norm, norm});
+    else
+        run_rows(b, input_work, &(struct input_job){b, make_copy, b->x});
 }
 
 void op_prepare(struct batch *b, const float *src, const struct linear *w) {
@@ -256,7 +265,7 @@ void op_prepare(struct batch *b, const float *src, const struct linear *w) {
     run_rows(b, input_work, &(struct input_job){b, make_copy, src});
 }
 
-void op_swiglu(struct batch *b, const struct linear *w) {
+void op_activate(struct batch *b, const struct linear *w) {
     choose_inputs(b, &w, 1);
-    run_rows(b, input_work, &(struct input_job){b, make_swiglu, NULL});
+    run_rows(b, input_work, &(struct input_job){b, make_activation, NULL});
 }

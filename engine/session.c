@@ -48,8 +48,12 @@ static bool each_buffer(const struct shape *s, bool floats, const struct plan *p
         int64_t stride = amber_nm_stride((int)amber_round_up(wide, AMBER_K_ALIGN));
         if (!each(user, (void **)&b->lists[i], pairs * stride, false)) return false;
     }
-    b->kv_layer_bytes = amber_round_up(kv * b->n_ctx * (floats ? 4 : 2), 64);
-    return each(user, (void **)&b->kv, 2 * b->kv_layer_bytes * s->n_layer, true) &&
+    b->kv_position_bytes = kv * (floats ? 4 : 2);
+    int64_t positions = 0;
+    for (int il = 0; il < s->n_layer; il++) positions += 2 * layer_positions(b, s, il);
+    const int64_t norms = s->arch->norms == NORM_POST || s->arch->norms == NORM_PRE_POST;
+    const int64_t angles = f32 * rows * (s->n_rot / 2);
+    return each(user, (void **)&b->kv, positions * b->kv_position_bytes, true) &&
            each(user, (void **)&session->tokens, (int64_t)sizeof(int32_t) * b->n_ctx, false) &&
            each(user, (void **)&session->logits, f32 * s->n_vocab, false) &&
            each(user, (void **)&b->x_base, f32 * rows * s->n_embd, false) &&
@@ -57,10 +61,13 @@ static bool each_buffer(const struct shape *s, bool floats, const struct plan *p
            each(user, (void **)&b->attn, f32 * rows * q, false) &&
            each(user, (void **)&b->k, f32 * rows * kv, false) &&
            each(user, (void **)&b->v, f32 * rows * kv, false) &&
-           each(user, (void **)&b->gate, f32 * rows * s->n_ff, false) &&
+           each(user, (void **)&b->gate, s->arch->no_gate ? 0 : f32 * rows * s->n_ff, false) &&
            each(user, (void **)&b->up, f32 * rows * s->n_ff, false) &&
-           each(user, (void **)&b->cos, f32 * rows * (s->n_rot / 2), false) &&
-           each(user, (void **)&b->sin, f32 * rows * (s->n_rot / 2), false) &&
+           each(user, (void **)&b->y, norms * f32 * rows * s->n_embd, false) &&
+           each(user, (void **)&b->cos[0], angles, false) &&
+           each(user, (void **)&b->sin[0], angles, false) &&
+           each(user, (void **)&b->cos[1], s->rope_local ? angles : 0, false) &&
+           each(user, (void **)&b->sin[1], s->rope_local ? angles : 0, false) &&
            each(user, (void **)&b->row_scratch, b->row_scratch_bytes * threads, false) &&
            each(user, (void **)&b->attn_scratch, (int64_t)kernels->attention_scratch * threads,
                 false);
@@ -73,10 +80,11 @@ static bool count_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     return true;
 }
 
-#define MAX_BUFFERS (14 + 5 * MAX_INPUTS)
+#define MAX_BUFFERS (17 + 5 * MAX_INPUTS)
 
 static bool make_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     struct amber_session *session = user;
+    if (bytes == 0) return true;
     *at = amber_alloc((size_t)bytes);
     if (!*at) return false;
     session->blocks[session->n_blocks++] = *at;
@@ -94,6 +102,10 @@ static amber_status set_sizes(const struct shape *s, int n_ctx, int n_batch, str
     b->n_ctx = n_ctx ? n_ctx : amber_min(DEFAULT_CTX, s->n_ctx_train);
     b->n_batch = (int)amber_round_up(n_batch ? n_batch : DEFAULT_BATCH, 2);
     b->n_batch = amber_min(b->n_batch, (int)amber_round_up(b->n_ctx, 2));
+    /* A ring that attention can read (kernels.h); a context that is no longer needs no ring. */
+    b->window_ctx = amber_min(b->n_ctx, (int)amber_round_up(s->window + b->n_batch + 62, 64));
+    b->rope_freq[0] = s->rope_long && b->n_ctx > s->n_ctx_orig ? s->rope_long : s->rope_freq;
+    b->rope_freq[1] = s->rope_local;
     return AMBER_OK;
 }
 
@@ -194,11 +206,23 @@ static int batch_end(const struct batch *b, int pos, int n) {
     return end - end % 2 > pos ? end - end % 2 : end;
 }
 
+/* Where computing can go on that wants to go on at position pos: there, unless a ring has lost
+ * positions that its window shows; then from the start. */
+static int resume_at(const struct amber_session *session, int pos) {
+    const struct batch *b = &session->batch;
+    const int window = b->model->shape.window;
+    if (!window || b->window_ctx == b->n_ctx) return pos;
+    const int oldest = session->n_written - b->window_ctx, wanted = pos - window + 1;
+    return oldest <= 0 || oldest <= amber_max(wanted, 0) ? pos : 0;
+}
+
 /* Computes tokens[session->n_past..n) and appends them. Logits of positions first_out..n-1 go to out
  * [(n - first_out), n_vocab]. After a cancellation the session holds the batches that were finished. */
 static amber_status extend(struct amber_session *session, const int32_t *tokens, int n,
                            int first_out, float *out, amber_error *err) {
     struct batch *b = &session->batch;
+    session->n_past = resume_at(session, session->n_past);
+    if (session->n_past == 0) session->n_written = 0;
     const int n_vocab = b->model->shape.n_vocab;
     session->has_logits = false;
     session->progress_total = 1000LL * (n - session->n_past);
@@ -210,6 +234,7 @@ static amber_status extend(struct amber_session *session, const int32_t *tokens,
         int pos = session->n_past, end = batch_end(b, pos, n), rows = end - pos;
         int first = amber_min(amber_max(first_out - pos, 0), rows);
         float *logits = first < rows ? out + (int64_t)(pos + first - first_out) * n_vocab : NULL;
+        session->n_written = amber_max(session->n_written, end);
         pthread_mutex_lock(&session->engine->lock);
         amber_status status = forward(b, tokens + pos, rows, pos, first, logits);
         pthread_mutex_unlock(&session->engine->lock);
@@ -256,7 +281,7 @@ amber_status amber_session_sync(amber_session *session, const int32_t *tokens, i
     session->stats.cached_tokens = common;
     if (common == n && session->n_past == n && session->has_logits) return AMBER_OK;
     /* Logits come out of a computed row only, so a fully cached prompt computes its last one again. */
-    common = amber_min(common, n - 1);
+    common = resume_at(session, amber_min(common, n - 1));
     session->stats.cached_tokens = common;
     session->n_past = common;
     session->batch.sparse = true;

@@ -45,7 +45,9 @@ struct batch {
     float *q, *attn;  /* [rows, n_head * head_dim] */
     float *k, *v;     /* [rows, n_head_kv * head_dim] */
     float *gate, *up; /* [rows, n_ff] */
-    float *cos, *sin; /* [rows, n_rot / 2] */
+    float *y;         /* [rows, n_embd] a half's output where it is normed before it is added */
+    const double *rope_freq[2]; /* all layers; windowed layers where these differ, or NULL */
+    float *cos[2], *sin[2];     /* [rows, n_rot / 2] */
     struct activation in[MAX_INPUTS];
     uint8_t *lists[MAX_INPUTS]; /* [pairs of rows, amber_nm_stride] for inputs that need them */
     int n_in, n_inputs;         /* row length and number of inputs in use */
@@ -53,9 +55,12 @@ struct batch {
     int64_t row_scratch_bytes;
     uint8_t *attn_scratch; /* [threads, kernels->attention_scratch] */
 
-    /* KV cache: per layer [n_head_kv, n_ctx, head_dim], float16, or float32 in float mode. */
+    /* KV cache: K, then V of one layer after the other, [n_head_kv, positions, head_dim] each,
+     * float16, or float32 in float mode. Windowed layers hold a ring of window_ctx positions: what
+     * cannot be seen any more is overwritten. */
     uint8_t *kv;
-    int64_t kv_layer_bytes; /* of K or of V of one layer: K of layer l is at 2 l, V at 2 l + 1 */
+    int64_t kv_position_bytes; /* of K or of V of one position of one layer */
+    int window_ctx;
     bool kv_f32;
 
     /* Called between layers; non-zero cancels. */
@@ -70,6 +75,7 @@ struct amber_session {
     struct batch batch;
     int32_t *tokens; /* [n_ctx] */
     int n_past;      /* tokens whose K and V are in the cache */
+    int n_written;   /* positions that were ever written since the cache was empty */
     bool has_logits;
     float *logits; /* [n_vocab] */
 
@@ -82,6 +88,9 @@ struct amber_session {
     int64_t kv_bytes, scratch_bytes;
     amber_session_stats stats;
 };
+
+/* Positions that the cache of layer il holds. */
+int layer_positions(const struct batch *b, const struct shape *s, int il);
 
 /* ---- session.c ---- */
 
@@ -110,20 +119,23 @@ void op_embed(struct batch *b, const int32_t *tokens);
 void op_rope_table(struct batch *b);
 /* The three sources of an input, each made ready for the n linear layers w that will read it: pruned
  * where their rules say so, and quantized.
- * in = rmsnorm(x) * weight */
-void op_norm(struct batch *b, const float *weight, const struct linear *const w[], int n);
+ * in = norm(x), or x where there is none */
+void op_norm(struct batch *b, const struct norm *norm, const struct linear *const w[], int n);
 /* in = the rows of src [rows, w->n_in] */
 void op_prepare(struct batch *b, const float *src, const struct linear *w);
-/* in = silu(gate) * up */
-void op_swiglu(struct batch *b, const struct linear *w);
-/* y[i] = w[i](in) for the n linear layers that the input was made for. */
+/* in = activation(gate) * up, or activation(up) in a model without gate */
+void op_activate(struct batch *b, const struct linear *w);
+/* y[i] = w[i](in) for the n linear layers that the input was made for. Layers without outputs are
+ * passed over. */
 void op_linear(struct batch *b, const struct linear *const w[], float *const y[], int n);
-/* x += w(in). */
-void op_linear_residual(struct batch *b, const struct linear *w);
-/* Rotates q and k, and writes k and v to the cache of layer il. */
+/* x += w(in), or x += post(w(in)) where there is such a norm. */
+void op_linear_residual(struct batch *b, const struct linear *w, const struct norm *post);
+/* Norms q and k where the layer does, rotates them, and writes k and v to the cache of layer il. */
 void op_rope_and_store(struct batch *b, int il);
 /* attn = attention of q over the cache of layer il. */
 void op_attention(struct batch *b, int il);
+/* logits [rows, n_vocab] = cap * tanh(logits / cap) */
+void op_softcap(struct batch *b, float *logits, float cap);
 /* From here on only rows first..rows-1 go on. q and x move along. */
 void op_keep_rows(struct batch *b, int first);
 

@@ -106,7 +106,8 @@ def test_scaling(name: str, testdata: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "divisors", "words"),
     [
-        ({"rope.scaling.type": "longrope"}, None, ["longrope", "yarn"]),
+        ({"rope.scaling.type": "dynamic"}, None, ["dynamic", "yarn"]),
+        ({"rope.scaling.type": "longrope"}, None, ["longrope", "rope_factors_long"]),
         ({"rope.freq_base": 0.5}, None, ["freq_base", "0.5"]),
         ({}, np.array([1.0, 0.0, 1.0, 1.0]), ["rope_freqs", "> 0"]),
         ({}, np.ones(3), ["rope_freqs", "4"]),
