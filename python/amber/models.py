@@ -20,7 +20,11 @@ def find_model(name_or_path: str | os.PathLike) -> str:
         return name
     if name in built_in_models():
         return os.path.join(_FOLDER, name + ".gguf")
-    what = "a folder, not a GGUF file" if os.path.isdir(name) else "no such file"
+    what = (
+        "a folder, not a GGUF file (amber-quantize converts Hugging Face folders)"
+        if os.path.isdir(name)
+        else "no such file"
+    )
     raise ModelNotFoundError(
         f"{name}: {what}, and no built-in model of that name "
         f"(built in: {', '.join(built_in_models()) or 'none'})"

@@ -4,7 +4,9 @@ stdout carries the results and nothing else. Exit codes: 0 done, 1 failure, 2 us
 130 interrupted.
 
 The format is described in engine/packed.h. Matrices are read, rounded to INT8 with one scale per
-output and written one after the other, so memory stays near that of the largest layer matrix. With
+output and written one after the other, so memory stays near that of the largest layer matrix. A
+Hugging Face folder is first converted (convert.py), to a file beside the output that is removed in
+the end, or with --type to the output itself. With
 a sparsity plan, the file is written first, then opened and measured, and then gets its last keys;
 the tensors' bytes are copied as they are.
 """
@@ -23,7 +25,9 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from . import convert
 from .command import UsageError, run_command
+from .convert import gguf_module
 from .engine import memory_estimate
 from .errors import AmberError, FileFormatError, UnsupportedModelError
 from .models import find_model
@@ -153,17 +157,6 @@ def _factors(moments: "np.ndarray", mean: float) -> "np.ndarray":
 # ---- files ----
 
 
-def gguf_module() -> Any:
-    """The package `gguf`, which reads the source; with a word on where it comes from."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise AmberError(
-            f"this command needs numpy and gguf: pip install 'amber-llm[tools]' ({error})"
-        ) from None
-    return gguf
-
-
 @dataclass(slots=True)
 class Part:
     """A tensor to write. shape: fastest-varying first. data: pieces of its bytes, in order."""
@@ -178,8 +171,10 @@ class Part:
 class Source:
     """A GGUF file that is to be quantized, or an Amber GGUF that is to get another plan."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, name: str | None = None) -> None:
+        """name: what the source is called, where it is not the file's own name."""
         self.path, self.gguf = path, gguf_module()
+        self.name = name or os.path.basename(path)
         self.orders: Orders | None = None  # of channels, for what parts() writes
         try:
             self.reader = self.gguf.GGUFReader(path)
@@ -401,7 +396,7 @@ def base_keys(source: Source) -> dict[str, Any]:
             "amber.layout": LAYOUT,
             "amber.tied_output": source.tied(),
             "amber.permuted": source.orders is not None,
-            "amber.source.name": os.path.basename(source.path),
+            "amber.source.name": source.name,
             "amber.source.size": str(os.path.getsize(source.path)),
             "amber.source.sha256": file_hash(source.path),
         }
@@ -418,8 +413,16 @@ def parser() -> argparse.ArgumentParser:
         "sparsity plan whose cost was measured.",
         allow_abbrev=False,
     )
-    top.add_argument("model", metavar="IN", help="a GGUF file or a built-in name")
+    top.add_argument(
+        "model", metavar="IN", help="a GGUF file, a built-in name or a Hugging Face folder"
+    )
     top.add_argument("out", metavar="OUT", help="the file to write")
+    top.add_argument(
+        "--type",
+        choices=convert.TYPES,
+        help="convert a Hugging Face folder to a plain GGUF file of this type instead, for any "
+        "program that reads GGUF",
+    )
     top.add_argument(
         "--sparse",
         metavar="PLAN",
@@ -499,6 +502,10 @@ def check(args: argparse.Namespace) -> None:
     if args.chunks < 1:
         raise UsageError(f"--chunks: expected 1 or more, found {args.chunks}")
     planned = args.sparse is not None or args.max_kl is not None
+    if args.type and (planned or args.permute):
+        raise UsageError(
+            "--type: expected without --sparse, --max-kl and --permute (they are for Amber GGUFs)"
+        )
     for name in ("criterion", "mitigation"):
         if getattr(args, name) and not planned:
             raise UsageError(f"--{name}: expected --sparse or --max-kl beside it")
@@ -514,21 +521,68 @@ def check(args: argparse.Namespace) -> None:
 def quantize(args: argparse.Namespace) -> dict[str, Any]:
     """Writes args.out. Returns the report."""
     started = perf_counter()
+    path = args.model if os.path.isdir(args.model) else find_model(args.model)
+    if os.path.exists(args.out) and os.path.samefile(path, args.out):
+        raise AmberError(f"{args.out}: expected another file than the source")
+    report: dict[str, Any] = {"source": path, "out": args.out}
+    if os.path.isdir(path):
+        report |= _from_folder(path, args)
+    elif args.type:
+        raise UsageError(f"--type: expected a Hugging Face folder beside it, found the file {path}")
+    else:
+        report |= {"source_bytes": os.path.getsize(path)} | _from_file(path, None, args)
+    report["out_bytes"] = os.path.getsize(args.out)
+    report["seconds"] = perf_counter() - started
+    return report
+
+
+def _from_folder(path: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Converts a Hugging Face folder and writes args.out. Returns its part of the report."""
+    folder = convert.Folder(path)
+    plain = args.out + ".source"
+    try:
+        with Bar("convert", "B", args.quiet, scale=True) as bar:
+            convert.write_gguf(
+                folder,
+                plain,
+                args.type or "auto",
+                check=lambda name: _prove(name, folder.path),
+                progress=bar,
+            )
+        if args.type:
+            os.replace(plain, args.out)
+            part: dict[str, Any] = {"type": args.type, "permuted": False, "sparse": "off"}
+        else:
+            part = _from_file(plain, folder.name(), args)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(plain)
+    return {"source_bytes": folder.stored_bytes()} | part
+
+
+def _prove(path: str, folder: str) -> None:
+    """Lets the engine read the header of a file that was made from a folder."""
+    try:
+        memory_estimate(path, sparse="off")
+    except AmberError as error:
+        raise type(error)(str(error).replace(os.path.basename(path), folder)) from None
+
+
+def _from_file(path: str, name: str | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Writes args.out from a GGUF file. Returns its part of the report."""
+    started = perf_counter()
     from . import calibrate, permute
 
     def bars(name: str, unit: str) -> Bar:
         return Bar(name, unit, args.quiet)
 
-    path = find_model(args.model)
-    if os.path.exists(args.out) and os.path.samefile(path, args.out):
-        raise AmberError(f"{args.out}: expected another file than the source")
     plan = None
     if args.sparse or args.max_kl is not None:
         plan = calibrate.Wish(args)
         plan.check(path)
     else:
         memory_estimate(path, sparse="off")  # proves the file before anything is written
-    source = Source(path)
+    source = Source(path, name)
     text = None
     if plan or args.permute:
         text = calibrate.Text(path, args, bars)
@@ -548,9 +602,6 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
             with Bar("weights", "B", args.quiet, scale=True) as bar:
                 write_packed(source, partial[0], keys, bar)
         report: dict[str, Any] = {
-            "source": path,
-            "out": args.out,
-            "source_bytes": os.path.getsize(path),
             "pack_seconds": perf_counter() - started,
             "permuted": source.orders is not None,
             "sparse": "off",
@@ -563,11 +614,9 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
             os.replace(partial[1], args.out)
             report |= result.report
     finally:
-        for name in partial:
+        for leftover in partial:
             with contextlib.suppress(FileNotFoundError):
-                os.remove(name)
-    report["out_bytes"] = os.path.getsize(args.out)
-    report["seconds"] = perf_counter() - started
+                os.remove(leftover)
     return report
 
 

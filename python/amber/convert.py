@@ -1,0 +1,787 @@
+"""Hugging Face folders (config.json, *.safetensors, tokenizer files) as GGUF files.
+
+Tensors' names are those of the package `gguf`, keys are those that llama.cpp's converter writes;
+what an architecture needs beside them is a row of ARCHITECTURES. Tensors are mapped and written one
+after the other, so a folder may be larger than memory.
+
+    from amber.convert import write_gguf
+
+    write_gguf("Qwen2.5-0.5B-Instruct", "qwen.gguf", "f16")
+"""
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from .convert_tokenizer import read_vocabulary, synthetic_vocabulary
+from .errors import AmberError, ArgumentError, FileFormatError, UnsupportedModelError
+from .safetensors import Stored, read_folder, read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CONFIG = "config.json"
+LARGEST = 3.4e38  # of float32, the type of a GGUF file's real numbers
+SLICE_VALUES = 1 << 24  # converted at once
+TYPES = ("auto", "f32", "f16", "bf16", "q8_0")  # auto: every tensor as it is stored
+Progress = Callable[[int, int], Any]  # (bytes written, bytes in all)
+
+
+SILU = frozenset({"silu", "swish"})
+# The tanh form of GELU; "gelu" in the first Gemma's files means that one too.
+GELU = frozenset({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
+GEMMA = GELU | {"gelu"}
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What an architecture needs beside names and keys."""
+
+    name: str  # general.architecture
+    classes: tuple[str, ...]  # of config.json's "architectures"
+    # The file pairs RoPE's channels (2i, 2i + 1) where Hugging Face pairs (i, i + n/2): the rows
+    # of Q and K change places.
+    permuted: bool = False
+    norm_plus_one: bool = False  # a norm's weight w stands for 1 + w
+    layer_norm: bool = False  # LayerNorm in place of RMSNorm
+    full_every: int = 0  # every nth layer sees everything, where layers differ in their windows
+    rope_every: int = 0  # every nth layer has no RoPE
+    experts: bool = False
+    # What "hidden_act" may be: another activation is another model.
+    activations: frozenset[str] = SILU
+    # Values of transformers' configuration class that config.json may leave out.
+    defaults: "Mapping[str, Any]" = field(default_factory=dict)
+
+
+ARCHITECTURES = (
+    Architecture(
+        "llama",
+        ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "LLaMAForCausalLM"),
+        permuted=True,
+        experts=True,
+    ),
+    Architecture("qwen2", ("Qwen2ForCausalLM",)),
+    Architecture("qwen2moe", ("Qwen2MoeForCausalLM",), experts=True),
+    Architecture("qwen3", ("Qwen3ForCausalLM",)),
+    Architecture("qwen3moe", ("Qwen3MoeForCausalLM",), experts=True),
+    Architecture("gemma", ("GemmaForCausalLM",), norm_plus_one=True, activations=GEMMA),
+    Architecture(
+        "gemma2", ("Gemma2ForCausalLM",), norm_plus_one=True, full_every=2, activations=GEMMA
+    ),
+    Architecture(
+        "gemma3",
+        ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+        norm_plus_one=True,
+        full_every=6,
+        activations=GEMMA,
+        defaults={
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-6,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Architecture("phi3", ("Phi3ForCausalLM",)),
+    Architecture("smollm3", ("SmolLM3ForCausalLM",), permuted=True, rope_every=4),
+    Architecture("olmo2", ("Olmo2ForCausalLM",)),
+    Architecture("granite", ("GraniteForCausalLM",), permuted=True),
+    Architecture("starcoder2", ("Starcoder2ForCausalLM",), layer_norm=True, activations=GELU),
+    Architecture("stablelm", ("StableLmForCausalLM",), layer_norm=True),
+)
+
+# GGUF key -> names in config.json, the first that is there counts.
+INTEGERS = {
+    "context_length": ("max_position_embeddings",),
+    "embedding_length": ("hidden_size",),
+    "block_count": ("num_hidden_layers",),
+    "feed_forward_length": ("intermediate_size",),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
+}
+OPTIONAL_INTEGERS = {
+    "attention.key_length": ("head_dim",),
+    "attention.value_length": ("head_dim",),
+    "expert_count": ("num_local_experts", "num_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+}
+FLOATS = {
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "attention.scale": ("attention_multiplier",),
+    "embedding_scale": ("embedding_multiplier",),
+    "residual_scale": ("residual_multiplier",),
+    "logit_scale": ("logits_scaling",),
+}
+BOOLEANS = {
+    "expert_weights_norm": ("norm_topk_prob",),
+    "use_parallel_residual": ("use_parallel_residual",),
+}
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+
+# Matrices whose shape config.json tells, in all architectures that have them. phi3's ffn_up holds
+# the gate too.
+SHAPES = {
+    "output_norm.weight": ("embedding_length",),
+    "attn_norm.weight": ("embedding_length",),
+    "attn_q.weight": ("queries", "embedding_length"),
+    "attn_k.weight": ("keys", "embedding_length"),
+    "attn_v.weight": ("keys", "embedding_length"),
+    "attn_output.weight": ("embedding_length", "queries"),
+    "ffn_gate.weight": ("feed_forward_length", "embedding_length"),
+    "ffn_down.weight": ("embedding_length", "feed_forward_length"),
+}
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
+HEAD_NORM = re.compile(r"(.*\.[qk]_layernorm)\.norms\.(\d+)\.weight")
+LAYER, BLOCK = re.compile(r"\.layers\.(\d+)\."), re.compile(r"blk\.(\d+)\.")
+# What files carry beside weights: buffers of older versions.
+IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attention\.(masked_)?bias|self_attn\.bias)")
+VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_model)\..*")
+
+
+# ---- config.json ----
+
+
+class Config:
+    """config.json with checked values; of a model with vision the part on text."""
+
+    def __init__(self, folder: str) -> None:
+        path = os.path.join(folder, CONFIG)
+        if not os.path.isfile(path):
+            raise FileFormatError(f"{folder}: expected {CONFIG}, not found (not a model's folder?)")
+        whole = read_json(path)
+        classes = whole.get("architectures")
+        classes = classes if isinstance(classes, list) else []
+        self.named = next((c for c in classes if isinstance(c, str)), None)
+        text = whole.get("text_config")
+        self.values: dict[str, Any] = {**whole, **text} if isinstance(text, dict) else whole
+        self.row = self._row()
+        self.values = {**self.row.defaults, **self.values}
+
+    def _row(self) -> Architecture:
+        for row in ARCHITECTURES:
+            if self.named in row.classes:
+                return row
+        known = ", ".join(row.classes[0] for row in ARCHITECTURES)
+        raise UnsupportedModelError(
+            f"{CONFIG}: architecture {self.named or 'missing'} cannot be converted; supported: "
+            f"{known}"
+        )
+
+    def get(self, *names: str) -> Any:
+        return next((self.values[n] for n in names if self.values.get(n) is not None), None)
+
+    def number(self, kinds: Any, names: Sequence[str]) -> Any:
+        """A number under one of the names; None where all are missing or null."""
+        value = self.get(*names)
+        if value is None:
+            return None
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not number or not abs(value) <= LARGEST:
+            raise FileFormatError(f"{CONFIG}: {names[0]}: expected a number, found {value!r:.80}")
+        return value
+
+    def integer(self, *names: str) -> int | None:
+        value = self.number(int, names)
+        if value is not None and not 0 <= value < 1 << 31:
+            raise FileFormatError(f"{CONFIG}: {names[0]}: expected 0..2^31, found {value}")
+        return value
+
+    def required(self, *names: str) -> int:
+        value = self.integer(*names)
+        if not value:
+            raise FileFormatError(f"{CONFIG}: {names[0]}: expected a number above 0, found {value}")
+        return value
+
+    def real(self, *names: str) -> float | None:
+        value = self.number((int, float), names)
+        return None if value is None else float(value)
+
+    def head_dim(self) -> int:
+        return self.integer("head_dim") or (
+            self.required("hidden_size") // self.required("num_attention_heads")
+        )
+
+
+def layer_types(config: Config, row: Architecture) -> list[bool]:
+    """Which layers see only a window."""
+    n, window = config.required("num_hidden_layers"), config.integer("sliding_window")
+    if not window or config.get("use_sliding_window") is False:
+        return [False] * n
+    types = config.get("layer_types")
+    if isinstance(types, list):
+        if len(types) != n:
+            raise FileFormatError(f"{CONFIG}: layer_types: expected {n}, found {len(types)}")
+        return [t == "sliding_attention" for t in types]
+    if config.get("use_sliding_window"):
+        full = config.integer("max_window_layers") or 0
+        return [il >= full for il in range(n)]
+    every = config.integer("sliding_window_pattern", "_sliding_window_pattern") or row.full_every
+    return [not every or (il + 1) % every != 0 for il in range(n)]
+
+
+def window_keys(config: Config, row: Architecture) -> dict[str, Any]:
+    windowed = layer_types(config, row)
+    if not any(windowed):
+        return {}
+    every = row.full_every
+    if windowed != [not every or (il + 1) % every != 0 for il in range(len(windowed))]:
+        full = f"every layer but each {every}th" if every else "all layers"
+        raise UnsupportedModelError(
+            f"{CONFIG}: windows in layers {[i for i, w in enumerate(windowed) if w]}; supported "
+            f"for {row.name}: none or {full}"
+        )
+    keys: dict[str, Any] = {"attention.sliding_window": config.required("sliding_window")}
+    if every:
+        keys["attention.sliding_window_pattern"] = every
+    return keys
+
+
+class Rope:
+    """RoPE of the layers that see everything, and the base of windowed ones where they have their
+    own. config.json spells it in two ways: rope_parameters, and the older rope_theta with
+    rope_scaling."""
+
+    def __init__(self, config: Config) -> None:
+        new, old = config.get("rope_parameters"), config.get("rope_scaling")
+        whole, local = self._object("rope_parameters", new), None
+        if new is None:
+            base = {"rope_theta": config.get("rope_theta")}
+            whole = base | self._object("rope_scaling", old)
+            local = config.real("rope_local_base_freq")
+        elif "full_attention" in whole:
+            windowed = self._object("rope_parameters", whole.get("sliding_attention"))
+            whole = self._object("rope_parameters", whole["full_attention"])
+            if windowed.get("rope_type", "default") != "default":
+                raise UnsupportedModelError(f"{CONFIG}: RoPE scaling in windowed layers")
+            local = windowed.get("rope_theta")
+        self.values = whole
+        self.local_base = None if local is None else self._checked("rope_theta", local)
+        self.base = self.real("rope_theta")
+        self.kind = self._kind()
+        share = self.real("partial_rotary_factor") or config.real("partial_rotary_factor") or 1.0
+        self.n_rot = int(config.head_dim() * share)
+        self.n_ctx = config.required("max_position_embeddings")
+        self.n_ctx_orig = self.real("original_max_position_embeddings") or config.real(
+            "original_max_position_embeddings"
+        )
+
+    @staticmethod
+    def _object(name: str, value: Any) -> dict[str, Any]:
+        if value is not None and not isinstance(value, dict):
+            raise FileFormatError(f"{CONFIG}: {name}: expected an object, found {value!r:.80}")
+        return dict(value or {})
+
+    @staticmethod
+    def _checked(name: str, value: Any) -> float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value <= LARGEST:
+            raise FileFormatError(
+                f"{CONFIG}: RoPE: {name}: expected a number above 0, found {value!r:.80}"
+            )
+        return float(value)
+
+    def real(self, name: str) -> float | None:
+        value = self.values.get(name)
+        return None if value is None else self._checked(name, value)
+
+    def required(self, name: str) -> float:
+        value = self.real(name)
+        if value is None:
+            raise FileFormatError(f"{CONFIG}: RoPE scaling {self.kind}: {name}: expected, missing")
+        return value
+
+    def reals(self, name: str) -> list[float]:
+        """One value for each pair of channels."""
+        values, n = self.values.get(name), self.n_rot // 2
+        if not isinstance(values, list) or len(values) != n:
+            raise FileFormatError(f"{CONFIG}: RoPE: {name}: expected a list of {n} numbers")
+        return [self._checked(name, v) for v in values]
+
+    def _kind(self) -> str:
+        kind = self.values.get("rope_type") or self.values.get("type") or "default"
+        # Dynamic NTK changes nothing within the context that the model was made for.
+        kind = {"su": "longrope", "dynamic": "default"}.get(kind, kind)
+        if kind not in ("default", "linear", "yarn", "llama3", "longrope"):
+            raise UnsupportedModelError(
+                f"{CONFIG}: RoPE scaling {kind!r:.60}; supported: default, linear, yarn, llama3, "
+                "longrope"
+            )
+        return kind
+
+    def keys(self) -> dict[str, Any]:
+        """YaRN: arXiv 2309.00071; longrope: arXiv 2402.13753."""
+        keys: dict[str, Any] = {"rope.dimension_count": self.n_rot}
+        if self.base:
+            keys["rope.freq_base"] = self.base
+        if self.local_base:
+            keys["rope.freq_base_swa"] = self.local_base
+        if self.kind == "linear":
+            keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": self.required("factor")}
+        elif self.kind == "yarn":
+            original = self.n_ctx_orig or self.n_ctx
+            factor = self.real("factor") or self.n_ctx / original
+            keys |= {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": factor,
+                "rope.scaling.original_context_length": int(original),
+            }
+            for name in ("beta_fast", "beta_slow"):
+                if value := self.real(name):
+                    keys[f"rope.scaling.yarn_{name}"] = value
+            attention = self._yarn_attention(factor)
+            if attention is not None:  # the reader multiplies with YaRN's own
+                keys["rope.scaling.attn_factor"] = attention / (1 + 0.1 * math.log(factor))
+        elif self.kind == "longrope":
+            if not self.n_ctx_orig:
+                raise FileFormatError(
+                    f"{CONFIG}: original_max_position_embeddings: expected, missing"
+                )
+            factor = self.real("factor") or self.n_ctx / self.n_ctx_orig
+            attention = self.real("attention_factor") or (
+                math.sqrt(1 + math.log(factor) / math.log(self.n_ctx_orig)) if factor > 1 else 1.0
+            )
+            keys |= {
+                "rope.scaling.attn_factor": attention,
+                "rope.scaling.original_context_length": int(self.n_ctx_orig),
+            }
+        return keys
+
+    def _yarn_attention(self, factor: float) -> float | None:
+        """The factor on cos and sin that the file asks for, where it is not YaRN's own."""
+        if attention := self.real("attention_factor"):
+            return attention
+        scale, every = self.real("mscale"), self.real("mscale_all_dim")
+        if scale and every:
+            grown = 0.1 * math.log(factor)
+            return (1 + scale * grown) / (1 + every * grown)
+        return None
+
+    def tensors(self) -> "dict[str, np.ndarray]":
+        """Divisors of the frequencies, one for each pair of channels."""
+        import numpy as np
+
+        if self.kind == "llama3":
+            # Waves longer than low turns of the original context are stretched by the factor, those
+            # shorter than high turns stay, with a ramp between (the model card of Llama 3.1).
+            n = self.n_rot // 2
+            wave = 2 * np.pi * (self.base or 10000.0) ** (np.arange(n) / n)
+            low, high = self.required("low_freq_factor"), self.required("high_freq_factor")
+            turns = self.required("original_max_position_embeddings") / wave
+            if high <= low:
+                raise FileFormatError(
+                    f"{CONFIG}: RoPE: expected low_freq_factor < high_freq_factor"
+                )
+            smooth = np.clip((turns - low) / (high - low), 0, 1)
+            return {"rope_freqs.weight": 1 / ((1 - smooth) / self.required("factor") + smooth)}
+        if self.kind == "longrope":
+            return {
+                f"rope_factors_{n}.weight": np.array(self.reals(f"{n}_factor"))
+                for n in ("long", "short")
+            }
+        return {}
+
+
+def config_keys(config: Config, row: Architecture, rope: Rope) -> dict[str, Any]:
+    """The model's own keys, without the prefix "<arch>."."""
+    keys: dict[str, Any] = {key: config.required(*names) for key, names in INTEGERS.items()}
+    for key, names in OPTIONAL_INTEGERS.items():
+        value = config.integer(*names)
+        if value and (row.experts or not key.startswith("expert")):
+            keys[key] = value
+    keys |= {key: v for key, names in FLOATS.items() if (v := config.real(*names)) is not None}
+    keys |= {key: v for key, names in BOOLEANS.items()
+             if isinstance(v := config.get(*names), bool)}  # fmt: skip
+    scalar = config.real("query_pre_attn_scalar")
+    if scalar:
+        keys["attention.scale"] = scalar**-0.5
+    epsilon = config.real(*EPSILONS)
+    if epsilon is None:
+        raise FileFormatError(f"{CONFIG}: {EPSILONS[0]}: expected, not found")
+    kind = "layer_norm_epsilon" if row.layer_norm else "layer_norm_rms_epsilon"
+    keys[f"attention.{kind}"] = epsilon
+    if row.rope_every:
+        used = config.get("no_rope_layers")  # in spite of its name: 1 where there is RoPE
+        expected = [int((il + 1) % row.rope_every != 0) for il in range(keys["block_count"])]
+        if used is not None and used != expected:
+            raise UnsupportedModelError(
+                f"{CONFIG}: no_rope_layers: supported is no RoPE in each {row.rope_every}th layer"
+            )
+    activation = config.get("hidden_activation", "hidden_act")
+    if activation is not None and activation not in row.activations:
+        raise UnsupportedModelError(
+            f"{CONFIG}: hidden_act {activation!r:.60}; {row.name} has "
+            f"{', '.join(sorted(row.activations))}"
+        )
+    return keys | window_keys(config, row) | rope.keys()
+
+
+# ---- tensors ----
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor to write. Its parts, one after the other along the first axis, are made when asked
+    for. shape: slowest-varying first."""
+
+    name: str
+    kind: str  # of the parts' bits: "F32", "F16", "BF16", "F64"
+    shape: tuple[int, ...]
+    parts: "Sequence[Callable[[], np.ndarray]]"
+
+
+def floats(bits: "np.ndarray") -> "np.ndarray":
+    """float32 values of any stored type; uint16 are the bits of bfloat16."""
+    import numpy as np
+
+    if bits.dtype == np.uint16:
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.astype(np.float32)
+
+
+def bfloat16(values: "np.ndarray") -> "np.ndarray":
+    """float32 values rounded to the nearest bfloat16, ties to even, as bits."""
+    import numpy as np
+
+    bits = values.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+def interleaved(rows: "np.ndarray", heads: int, n_rot: int) -> "np.ndarray":
+    """Rows of Q or K, or their bias, in the order in which channel i of the first half of a head's
+    rotated part is followed by channel i of the second."""
+    import numpy as np
+
+    size = len(rows) // heads
+    order = np.arange(size)
+    order[:n_rot] = np.arange(n_rot).reshape(2, n_rot // 2).T.ravel()
+    return rows.reshape(heads, size, *rows.shape[1:])[:, order].reshape(rows.shape)
+
+
+class Folder:
+    """A model in a Hugging Face folder. Errors: FileFormatError, UnsupportedModelError."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.config = path, Config(path)
+        self.row, self.rope = self.config.row, Rope(self.config)
+        self.gguf = gguf_module()
+        self.tensors = self._tensors()
+        embedding = next((t for t in self.tensors if t.name == "token_embd.weight"), None)
+        if embedding is None or len(embedding.shape) != 2:
+            raise FileFormatError(f"{path}: expected an embedding model.embed_tokens, not found")
+        self.n_vocab = embedding.shape[0]
+
+    def name(self) -> str:
+        """What the model is called."""
+        return os.path.basename(os.path.abspath(self.path))
+
+    def keys(self, vocabulary: Mapping[str, Any]) -> dict[str, Any]:
+        """All keys of the file but those on its types."""
+        own = config_keys(self.config, self.row, self.rope)
+        own["vocab_size"] = self.n_vocab
+        name = self.name()
+        # By the name a reader tells that Phi-3's special tokens swallow white space behind them.
+        if vocabulary.pop("swallows_space", False) and not re.search("phi-?3", name.lower()):
+            name = f"Phi-3 {name}"
+        return {"general.type": "model", "general.name": name} | {
+            f"{self.row.name}.{key}": value for key, value in own.items()
+        } | {f"tokenizer.{key}": value for key, value in vocabulary.items()}  # fmt: skip
+
+    def _tensors(self) -> list[Tensor]:
+        import numpy as np
+
+        names = self._names()
+        stored = read_folder(self.path)
+        groups: dict[str, list[tuple[int, Stored]]] = {}
+        for name, tensor in stored.items():
+            name = name.removeprefix("language_model.").replace("model.language_model.", "model.")
+            if IGNORED.fullmatch(name) or VISION.fullmatch(name):
+                continue
+            if name == "lm_head.weight" and self.config.get("tie_word_embeddings"):
+                if "model.embed_tokens.weight" in stored:
+                    continue
+                name = "model.embed_tokens.weight"  # of the two, one is saved
+            member = 0
+            if found := EXPERT.fullmatch(name):
+                name, member = f"{found[1]}.{found[3]}.weight", int(found[2])
+            elif found := HEAD_NORM.fullmatch(name):
+                name, member = f"{found[1]}.weight", int(found[2])
+            target = names.get_name(name, (".weight", ".bias"))
+            layer = LAYER.search(name)
+            if target is None or (layer and int(layer[1]) >= self.n_layer):
+                raise UnsupportedModelError(
+                    f"{os.path.basename(tensor.file)}: {tensor.name}: not a tensor of "
+                    f"{self.row.name} with {self.n_layer} layers"
+                )
+            groups.setdefault(target, []).append((member, tensor))
+        self._check_layers(groups)
+        sizes = self._sizes()
+        made: list[Tensor] = []
+        for name, values in self.rope.tensors().items():  # first: a check of the header reads them
+            data = values.astype(np.float32)
+            made.append(Tensor(name, "F32", data.shape, [lambda data=data: data]))
+        for target, members in groups.items():
+            tensor = self._group(target, members)
+            expected = SHAPES.get(BLOCK.sub("", tensor.name))
+            if expected and tensor.shape != tuple(sizes[name] for name in expected):
+                raise FileFormatError(
+                    f"{members[0][1].name}: expected {' x '.join(expected)} = "
+                    f"{[sizes[name] for name in expected]} by {CONFIG}, found {list(tensor.shape)}"
+                )
+            made.append(self._transformed(tensor))
+        return made
+
+    def _sizes(self) -> dict[str, int]:
+        """The sizes that SHAPES names."""
+        names = {key.rsplit(".", 1)[-1]: self.config.required(*names)
+                 for key, names in INTEGERS.items()}  # fmt: skip
+        head = self.config.head_dim()
+        return names | {
+            "queries": names["head_count"] * head,
+            "keys": names["head_count_kv"] * head,
+        }
+
+    def _check_layers(self, names: Iterable[str]) -> None:
+        """Every layer has the tensors of the first."""
+        layers: list[set[str]] = [set() for _ in range(self.n_layer)]
+        for name in names:
+            if found := BLOCK.match(name):
+                layers[int(found[1])].add(name[found.end() :])
+        for il, layer in enumerate(layers):
+            if odd := layer ^ layers[0]:
+                raise FileFormatError(
+                    f"{self.path}: layer {il}: expected the tensors of layer 0, found a difference "
+                    f"in {min(odd)} (a file is missing, or {CONFIG} is another model's)"
+                )
+
+    def _names(self) -> Any:
+        """Hugging Face's names of tensors -> GGUF's."""
+        self.n_layer = self.config.required("num_hidden_layers")
+        known = {n: a for a, n in self.gguf.MODEL_ARCH_NAMES.items()}
+        if self.row.name not in known:
+            raise AmberError(
+                f"the installed gguf package does not know {self.row.name}: pip install -U gguf"
+            )
+        if self.n_layer > 4096:
+            raise FileFormatError(f"{CONFIG}: num_hidden_layers: at most 4096")
+        return self.gguf.get_tensor_name_map(known[self.row.name], self.n_layer)
+
+    def _group(self, target: str, members: list[tuple[int, Stored]]) -> Tensor:
+        """The GGUF tensor of one stored tensor, or of the experts or heads of a layer."""
+        members.sort(key=lambda m: m[0])
+        first = members[0][1]
+        shape, kinds = first.shape, {t.kind for _, t in members}
+        stacked = EXPERT.fullmatch(first.name) or HEAD_NORM.fullmatch(first.name)
+        if [i for i, _ in members] != list(range(len(members))) or len(kinds) > 1:
+            raise FileFormatError(f"{first.name}: expected each expert once, in one type")
+        for _, t in members:
+            if t.shape != shape:
+                raise FileFormatError(
+                    f"{t.name}: expected shape {list(shape)}, found {list(t.shape)}"
+                )
+        parts: list[Callable[[], np.ndarray]] = [t.bits for _, t in members]
+        tensor = Tensor(target, first.kind, shape, parts)
+        if stacked:
+            parts = [lambda t=t: t.bits()[None] for _, t in members]
+            tensor = replace(tensor, shape=(len(members), *shape), parts=parts)
+        elif target.endswith("_inp_shexp.weight"):  # [1, n]: the file has a vector
+            tensor = replace(tensor, shape=shape[-1:], parts=[lambda: first.bits()[0]])
+        return tensor
+
+    def _transformed(self, tensor: Tensor) -> Tensor:
+        """A tensor with what its architecture does to it."""
+        import numpy as np
+
+        row, make = self.row, tensor.parts[0]
+        if row.norm_plus_one and tensor.name.endswith("norm.weight"):
+            one = np.float32(1)
+            return replace(tensor, kind="F32", parts=[lambda: floats(make()) + one])
+        found = re.search(r"\.attn_([qk])\.(weight|bias)", tensor.name)
+        if row.permuted and found:
+            names = ("num_attention_heads",)
+            heads = self.config.required(*(("num_key_value_heads", *names) if found[1] == "k"
+                                           else names))  # fmt: skip
+            n_rot = self.rope.n_rot
+            if tensor.shape[0] % heads or n_rot % 2 or n_rot > tensor.shape[0] // heads:
+                raise FileFormatError(
+                    f"{tensor.name}: {tensor.shape[0]} rows cannot be {heads} heads of which RoPE "
+                    f"turns {n_rot} channels"
+                )
+            return replace(tensor, parts=[lambda: interleaved(make(), heads, n_rot)])
+        return tensor
+
+    def stored_bytes(self) -> int:
+        return sum(
+            os.path.getsize(os.path.join(self.path, name))
+            for name in os.listdir(self.path)
+            if name.endswith(".safetensors")
+        )
+
+
+# ---- writing ----
+
+
+def gguf_module() -> Any:
+    """The package `gguf`, with a word on where it comes from."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise AmberError(
+            f"this command needs numpy and gguf: pip install 'amber-llm[tools]' ({error})"
+        ) from None
+    return gguf
+
+
+def target_kind(tensor: Tensor, dtype: str) -> str:
+    """The type a tensor is written in: vectors and routers always in F32, whole rows of 32 in the
+    wanted one, else F16."""
+    if len(tensor.shape) == 1 or tensor.name.endswith(("norm.weight", "_inp.weight")):
+        return "F32"
+    if dtype == "auto":
+        return "F32" if tensor.kind == "F64" else tensor.kind
+    return "F16" if dtype == "q8_0" and tensor.shape[-1] % 32 else dtype.upper()
+
+
+def encoded(gguf: Any, tensor: Tensor, kind: str) -> "Iterator[np.ndarray]":
+    """A tensor's bytes in pieces of bounded size."""
+    import numpy as np
+
+    for part in tensor.parts:
+        bits = part()
+        rows = bits.reshape(-1, bits.shape[-1])
+        step = max(1, SLICE_VALUES // max(1, rows.shape[1]))
+        for first in range(0, len(rows), step):
+            piece = rows[first : first + step]
+            if kind == tensor.kind:
+                yield np.ascontiguousarray(piece)
+                continue
+            values = np.ascontiguousarray(floats(piece))
+            if kind == "F16":
+                with np.errstate(over="ignore"):
+                    piece = values.astype(np.float16)
+                if not np.isfinite(piece).all():
+                    raise FileFormatError(
+                        f"{tensor.name}: values that f16 cannot hold (write bf16 instead)"
+                    )
+                yield piece
+            elif kind == "BF16":
+                yield bfloat16(values)
+            elif kind == "Q8_0":
+                yield gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+            else:
+                yield values
+
+
+def write_gguf(
+    folder: "str | os.PathLike | Folder",
+    out: str | os.PathLike,
+    dtype: str = "f16",
+    *,
+    synthetic_vocab: bool = False,
+    check: Callable[[str], Any] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the model of a Hugging Face folder as a plain GGUF file, for any program that reads
+    GGUF.
+
+    dtype: of matrices, one of TYPES; vectors and routers are F32. synthetic_vocab: for a folder
+    without a tokenizer, a byte-level vocabulary as large as the model's (tests of random models).
+    check: called with the file's name once it has its header and its length but no weights; what
+    it raises ends the conversion. progress: called with (bytes written, bytes in all).
+
+    Errors: FileFormatError, UnsupportedModelError, AmberError without the packages numpy and gguf.
+    A failed conversion leaves no file.
+    """
+    if dtype not in TYPES:
+        raise ArgumentError(f"dtype: expected one of {', '.join(TYPES)}, found {dtype!r}")
+    if not isinstance(folder, Folder):
+        folder = Folder(os.fspath(folder))
+    if synthetic_vocab:
+        vocabulary = synthetic_vocabulary(folder.n_vocab)
+    else:
+        vocabulary = read_vocabulary(folder.path, folder.config.values, folder.n_vocab)
+    plan = [(t, target_kind(t, dtype)) for t in folder.tensors]
+    try:
+        _write(folder, os.fspath(out), vocabulary, plan, check, progress or (lambda *_: None))
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(out)
+        raise
+
+
+def _write(
+    folder: Folder,
+    out: str,
+    vocabulary: dict[str, Any],
+    plan: Sequence[tuple[Tensor, str]],
+    check: Callable[[str], Any] | None,
+    progress: Progress,
+) -> None:
+    import numpy as np
+
+    gguf = folder.gguf
+    writer = gguf.GGUFWriter(out, folder.row.name)
+    try:
+        for key, value in folder.keys(vocabulary).items():
+            _add_key(writer, key, value)
+        bulk: dict[str, int] = {}
+        sizes = []
+        for tensor, name in plan:
+            kind = gguf.GGMLQuantizationType[name]
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            sizes.append(math.prod(tensor.shape) // block * size)
+            as_float = np.dtype(np.float32)  # the real type is the last argument
+            writer.add_tensor_info(tensor.name, tensor.shape, as_float, sizes[-1], kind)
+            bulk[name] = bulk.get(name, 0) + sizes[-1]
+        most = max(bulk, key=lambda name: bulk[name])
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{most}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        file, alignment = writer.fout[0], writer.data_alignment
+        file.write(bytes(-file.tell() % alignment))
+        end = file.tell() + sum(size + -size % alignment for size in sizes)
+        total, done = sum(sizes), 0
+        for (tensor, kind), size in zip(plan, sizes, strict=True):
+            if check and not tensor.name.startswith("rope_"):
+                file.flush()
+                file.truncate(end)
+                check(out)
+                check = None
+            written = 0
+            for piece in encoded(gguf, tensor, kind):
+                written += file.write(memoryview(piece).cast("B"))
+                progress(done + written, total)
+            if written != size:
+                raise AssertionError(f"{tensor.name}: {written} bytes of {size}")
+            file.write(bytes(-written % alignment))
+            done += written
+    finally:
+        writer.close()
+
+
+def _add_key(writer: Any, key: str, value: Any) -> None:
+    """A key in the type that its value asks for: int as U32 in a scalar and I32 in a list."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
