@@ -636,3 +636,30 @@ def test_permute_keeps_more(testdata: Path, tmp_path: Path) -> None:
 def test_permute_wants_a_source(packed: Path, text_file: Path, tmp_path: Path) -> None:
     done = command(packed, tmp_path / "x.gguf", "--permute", "--calibrate", text_file, "-c", 64)
     assert done.returncode == 1 and "--permute" in done.stderr
+
+
+# ---- architectures ----
+
+GOLDEN = Path(__file__).parent / "golden"  # made by tools/make_architectures.py
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.gguf")), ids=lambda p: p.stem)
+def test_every_architecture_is_packed(path: Path, tmp_path: Path) -> None:
+    """The same weights, biases and scores to the last bit, projections that share a tensor too."""
+    out = tmp_path / "packed.gguf"
+    quantize(path, out)
+    tokens = np.random.default_rng(1).integers(3, 280, 40).tolist()
+    for plan in ("off", "8:16/amber@all"):
+        logits = []
+        for file in (path, out):
+            with amber.Engine(file, sparse=plan, n_ctx=64, threads=1) as engine:
+                logits.append(np.array(engine.logits(tokens, all=True)))
+        assert np.array_equal(*logits)
+
+
+def test_permute_knows_its_architectures(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text(TEXT)
+    done = command(GOLDEN / "gemma2.gguf", tmp_path / "out.gguf", "--permute", "--calibrate", text)
+    assert done.returncode == 1 and "expected a model of llama or qwen2" in done.stderr
+    assert not (tmp_path / "out.gguf").exists()

@@ -688,18 +688,18 @@ def write_gguf(
     folder: "str | os.PathLike | Folder",
     out: str | os.PathLike,
     dtype: str = "f16",
+    progress: Progress | None = None,
     *,
     synthetic_vocab: bool = False,
     check: Callable[[str], Any] | None = None,
-    progress: Progress | None = None,
 ) -> None:
     """Writes the model of a Hugging Face folder as a plain GGUF file, for any program that reads
     GGUF.
 
-    dtype: of matrices, one of TYPES; vectors and routers are F32. synthetic_vocab: for a folder
-    without a tokenizer, a byte-level vocabulary as large as the model's (tests of random models).
-    check: called with the file's name once it has its header and its length but no weights; what
-    it raises ends the conversion. progress: called with (bytes written, bytes in all).
+    dtype: of matrices, one of TYPES; vectors and routers are F32. progress: called with (bytes
+    written, bytes in all). synthetic_vocab: for a folder without a tokenizer, a byte-level
+    vocabulary as large as the model's (tests of random models). check: called with the file's name
+    once it has its header and its length but no weights; what it raises ends the conversion.
 
     Errors: FileFormatError, UnsupportedModelError, AmberError without the packages numpy and gguf.
     A failed conversion leaves no file.

@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .errors import UnsupportedModelError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -30,6 +32,7 @@ BLOCK, GROUP = 4, 16  # channels of a block, blocks of a group
 NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 # RoPE of the architectures that pair channel i with i + n/2 (engine/arch.c); others: with i + 1.
 HALVES = ("qwen2",)
+ARCHITECTURES = ("llama", "qwen2")  # whose layers Forward computes
 
 
 @dataclass(slots=True)
@@ -146,14 +149,13 @@ class Forward:
 
     def __init__(self, source: "Source") -> None:
         self.source = source
-        fields = source.reader.fields
-        self.arch = fields["general.architecture"].contents()
-
-        def value(name: str, default: Any = None) -> Any:
-            key = f"{self.arch}.{name}"
-            found = fields[key].contents() if key in fields else default
-            return found[0] if isinstance(found, list) else found
-
+        value = source.value
+        self.arch = source.reader.fields["general.architecture"].contents()
+        if self.arch not in ARCHITECTURES or value("expert_count"):
+            raise UnsupportedModelError(
+                f"--permute: expected a model of {' or '.join(ARCHITECTURES)} without experts, "
+                f"found {self.arch}"
+            )
         self.n_layer = value("block_count")
         self.n_head = value("attention.head_count")
         self.n_head_kv = value("attention.head_count_kv") or self.n_head

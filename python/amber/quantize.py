@@ -168,6 +168,22 @@ class Part:
     data: Callable[[], Iterator[Any]]
 
 
+@dataclass(slots=True)
+class Stored:
+    """A tensor of the source, or some rows of one. data: [rows, bytes or values]; shape:
+    fastest-varying first."""
+
+    name: str
+    tensor_type: Any
+    shape: tuple[int, ...]
+    data: "np.ndarray"
+
+    def cut(self, name: str, first: int, last: int) -> "Stored":
+        """Rows as a tensor of their own; elements of a vector."""
+        shape = (*self.shape[:-1], last - first)
+        return Stored(name, self.tensor_type, shape, self.data[first:last])
+
+
 class Source:
     """A GGUF file that is to be quantized, or an Amber GGUF that is to get another plan."""
 
@@ -180,8 +196,45 @@ class Source:
             self.reader = self.gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError) as error:
             raise FileFormatError(f"{os.path.basename(path)}: {error}") from error
-        self.tensors = {t.name: t for t in self.reader.tensors}
         self.packed = "amber.format" in self.reader.fields
+        stored = (
+            Stored(t.name, t.tensor_type, tuple(int(n) for n in t.shape), t.data)
+            for t in self.reader.tensors
+        )
+        self.tensors = {part.name: part for t in stored for part in self._separate(t)}
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """The value of a key "<arch>.name"; of a list, the first."""
+        fields = self.reader.fields
+        key = f"{fields['general.architecture'].contents()}.{name}"
+        found = fields[key].contents() if key in fields else default
+        return found[0] if isinstance(found, list) else found
+
+    def _separate(self, tensor: Stored) -> list[Stored]:
+        """Projections that share a tensor one by one: attn_qkv, and an ffn_up with the gate
+        above (engine/model.c)."""
+        layer, _, what = tensor.name.rpartition(".attn_qkv.")
+        if layer:
+            heads = self.value("attention.head_count")
+            head = self.value("attention.key_length") or self.value("embedding_length") // heads
+            q = heads * head
+            kv = (self.value("attention.head_count_kv") or heads) * head
+            sizes = {"attn_q": q, "attn_k": kv, "attn_v": kv}
+        else:
+            layer, _, what = tensor.name.rpartition(".ffn_up.")
+            n_ff = self.value("feed_forward_length")
+            if not layer or self.packed or tensor.shape[-1] != 2 * n_ff:
+                return [tensor]
+            sizes = {"ffn_gate": n_ff, "ffn_up": n_ff}
+        if tensor.shape[-1] != sum(sizes.values()):
+            raise FileFormatError(
+                f"{tensor.name}: expected {sum(sizes.values())} rows, found {tensor.shape[-1]}"
+            )
+        parts, first = [], 0
+        for name, n in sizes.items():
+            parts.append(tensor.cut(f"{layer}.{name}.{what}", first, first + n))
+            first += n
+        return parts
 
     def keys(self) -> list[bytes]:
         """Key-value pairs as they stand in the file, but for those that the new file says anew."""
@@ -213,7 +266,7 @@ class Source:
     def parts(self) -> list[Part]:
         """The tensors of the Amber GGUF."""
         parts: list[Part] = []
-        for tensor in self.reader.tensors:
+        for tensor in self.tensors.values():
             if LINEAR.fullmatch(tensor.name) or tensor.name == "output.weight":
                 parts += self._matrix(tensor.name, tensor.name.removesuffix(".weight"))
             elif len(tensor.shape) == 1:
@@ -225,8 +278,8 @@ class Source:
                     Part(
                         tensor.name,
                         int(tensor.tensor_type),
-                        tuple(int(n) for n in tensor.shape),
-                        int(tensor.n_bytes),
+                        tensor.shape,
+                        tensor.data.nbytes,
                         lambda t=tensor: iter([t.data]),
                     )
                 )
@@ -234,8 +287,8 @@ class Source:
             parts += self._matrix("token_embd.weight", "output")
         return parts
 
-    def _vector(self, tensor: Any) -> Part:
-        n = int(tensor.shape[0])
+    def _vector(self, tensor: Stored) -> Part:
+        n = tensor.shape[0]
         return Part(
             tensor.name, F32, (n,), 4 * n, lambda: iter([self._ordered(tensor.name, None, None)])
         )
@@ -245,12 +298,12 @@ class Source:
         rows = self.rows(name, first, last)
         return self.orders.apply(name, rows) if self.orders else rows
 
-    def _embedding(self, tensor: Any) -> Part:
+    def _embedding(self, tensor: Stored) -> Part:
         """The embedding with its columns in the new order: of the same type where that keeps every
         value whole, else F16."""
         import numpy as np
 
-        k, n = (int(size) for size in tensor.shape)
+        k, n = tensor.shape
         kinds = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
         bits = kinds.get(tensor.tensor_type.name)
         kind, width = (int(tensor.tensor_type), bits().itemsize) if bits else (F16, 2)
@@ -269,7 +322,7 @@ class Source:
     def _matrix(self, name: str, stem: str) -> list[Part]:
         import numpy as np
 
-        k, n = (int(size) for size in self.tensors[name].shape)
+        k, n = self.tensors[name].shape
         panels, k_pad = -(-n // PANEL), -(-k // K_ALIGN) * K_ALIGN
         scored = stem != "output"
         step = n if scored else max(PANEL, SLICE_BYTES // (4 * k) // PANEL * PANEL)
