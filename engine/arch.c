@@ -8,9 +8,11 @@
 #include <string.h>
 
 static const struct arch architectures[] = {
-    {.name = "llama", .window_period = 1},
+    {.name = "llama", .window_period = 1, .expert_norm = true},
     {.name = "qwen2", .rope_halves = true},
+    {.name = "qwen2moe", .rope_halves = true},
     {.name = "qwen3", .rope_halves = true},
+    {.name = "qwen3moe", .rope_halves = true, .expert_norm = true},
     {.name = "gemma", .rope_halves = true, .gelu = true, .scale_embedding = true},
     {.name = "gemma2",
      .norms = NORM_PRE_POST,
@@ -43,10 +45,12 @@ static const struct arch architectures[] = {
     {.name = "stablelm", .norms = NORM_PRE_OR_PARALLEL, .layer_norm = true, .rope_halves = true},
 };
 
+#define MAX_EXPERTS     1024
 #define N_ARCHITECTURES (sizeof architectures / sizeof architectures[0])
 
 const char *arch_list(void) {
-    return "llama (as Mistral and SmolLM2 are) qwen2 qwen3 gemma gemma2 gemma3 phi3 smollm3 olmo2 "
+    return "llama (as Mistral, Mixtral and SmolLM2 are) qwen2 qwen2moe qwen3 qwen3moe gemma gemma2 "
+           "gemma3 phi3 smollm3 olmo2 "
            "granite starcoder2 stablelm";
 }
 
@@ -206,12 +210,47 @@ static amber_status read_rope(const struct gguf_file *file, struct shape *s, amb
     return AMBER_OK;
 }
 
+static amber_status read_experts(const struct gguf_file *file, struct shape *s, amber_error *err) {
+    const char *arch = s->arch->name;
+    double scale = 1;
+    s->n_ff_expert = s->n_ff;
+    s->expert_norm = s->arch->expert_norm;
+    if (get_int(file, arch, "expert_count", 0, MAX_EXPERTS, &s->n_expert, err) < 0 ||
+        get_int(file, arch, "expert_used_count", 0, MAX_EXPERTS, &s->n_expert_used, err) < 0 ||
+        get_int(file, arch, "expert_feed_forward_length", 1, AMBER_MAX_K, &s->n_ff_expert, err) <
+            0 ||
+        get_int(file, arch, "expert_shared_feed_forward_length", 1, AMBER_MAX_K, &s->n_ff_shared,
+                err) < 0 ||
+        get_float(file, arch, "expert_weights_scale", &scale, err) < 0)
+        return AMBER_ERR_FORMAT;
+    char key[128];
+    snprintf(key, sizeof key, "%s.expert_weights_norm", arch);
+    if (gguf_get_bool(file, key, &s->expert_norm, err) < 0) return AMBER_ERR_FORMAT;
+    s->expert_scale = (float)scale;
+    if (s->n_expert && (s->n_expert_used < 1 || s->n_expert_used > s->n_expert))
+        return amber_fail(err, AMBER_ERR_FORMAT,
+                          "%s: %s.expert_used_count: expected 1..%d, found %d", file->label, arch,
+                          s->n_expert, s->n_expert_used);
+    if (!s->n_expert) s->n_expert_used = s->n_ff_expert = s->n_ff_shared = 0;
+    bool any = false;
+    for (int il = 0; il < s->n_layer && s->n_expert; il++) {
+        char name[64];
+        snprintf(name, sizeof name, "blk.%d.ffn_gate_inp.weight", il);
+        s->mixture[il] = gguf_find_tensor(file, name) != NULL;
+        any |= s->mixture[il];
+    }
+    if (s->n_expert && !any)
+        return amber_fail(err, AMBER_ERR_FORMAT,
+                          "%s: %s.expert_count is %d: expected tensors blk.*.ffn_gate_inp.weight, "
+                          "not found (the file is incomplete or split)",
+                          file->label, arch, s->n_expert);
+    return AMBER_OK;
+}
+
 /* Which layers see only a window. The file may say so layer by layer, or as a period. */
 static amber_status read_windows(const struct gguf_file *file, struct shape *s, amber_error *err) {
     const char *arch = s->arch->name;
     int period = s->arch->window_period;
-    s->windowed = calloc((size_t)s->n_layer, 1);
-    if (!s->windowed) return amber_fail(err, AMBER_ERR_MEMORY, "%s: no memory", file->label);
     if (!period) return AMBER_OK;
     s->window = s->arch->window;
     if (get_int(file, arch, "attention.sliding_window", 0, 1 << 30, &s->window, err) < 0)
@@ -315,10 +354,9 @@ static amber_status read_shape(const struct gguf_file *file, struct shape *s, am
     if (!s->n_head_kv) s->n_head_kv = s->n_head;
     if (!s->head_dim) s->head_dim = s->n_embd / s->n_head;
     if (!s->n_rot) s->n_rot = s->head_dim;
-    int value_length = s->head_dim, experts = 0;
+    int value_length = s->head_dim;
     double eps = 0;
-    if (get_int(file, arch, "attention.value_length", 1, 1 << 20, &value_length, err) < 0 ||
-        get_int(file, arch, "expert_count", 0, 1 << 20, &experts, err) < 0)
+    if (get_int(file, arch, "attention.value_length", 1, 1 << 20, &value_length, err) < 0)
         return AMBER_ERR_FORMAT;
     const char *eps_key =
         s->arch->layer_norm ? "attention.layer_norm_epsilon" : "attention.layer_norm_rms_epsilon";
@@ -327,10 +365,6 @@ static amber_status read_shape(const struct gguf_file *file, struct shape *s, am
     if (!found) return missing(file, arch, eps_key, err);
     s->norm_eps = (float)eps;
 
-    if (experts > 0)
-        return amber_fail(err, AMBER_ERR_UNSUPPORTED,
-                          "%s: %d experts: mixture-of-experts models are not supported yet",
-                          file->label, experts);
     if (value_length != s->head_dim)
         return amber_fail(err, AMBER_ERR_UNSUPPORTED,
                           "%s: heads of %d keys and %d values; this version needs them equal",
@@ -362,6 +396,10 @@ static amber_status read_shape(const struct gguf_file *file, struct shape *s, am
                           file->label, (unsigned long long)embedding->ne[1]);
     s->n_vocab = (int)embedding->ne[1];
     status = read_factors(file, s, err);
+    s->windowed = calloc((size_t)s->n_layer, 2);
+    if (!s->windowed) return amber_fail(err, AMBER_ERR_MEMORY, "%s: no memory", file->label);
+    s->mixture = s->windowed + s->n_layer;
+    if (status == AMBER_OK) status = read_experts(file, s, err);
     if (status == AMBER_OK) status = read_windows(file, s, err);
     return status == AMBER_OK ? read_rope(file, s, err) : status;
 }

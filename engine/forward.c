@@ -4,12 +4,17 @@
 /* All memory belongs to the session: an allocation here would be a bug in the hot loop. */
 #pragma GCC poison malloc calloc realloc free amber_alloc amber_free
 
+static void gate_and_up(struct batch *b, const struct layer *w, const struct norm *norm) {
+    const struct linear *gate_up[] = {&w->gate, &w->up};
+    op_norm(b, norm, gate_up, 2);
+    op_linear(b, gate_up, (float *[]){b->gate, b->up}, 2);
+}
+
 /* The residual stream x of all rows goes through one transformer block. The last block works on
  * rows first_out.. only: of the others nobody reads more than their keys and values. */
 static void layer(struct batch *b, int il, int first_out) {
     const struct layer *w = &b->model->layers[il];
-    const struct linear *qkv[] = {&w->q, &w->k, &w->v};
-    const struct linear *gate_up[] = {&w->gate, &w->up};
+    const struct linear *qkv[] = {&w->q, &w->k, &w->v}, *o[] = {&w->o};
 
     op_norm(b, &w->attn_norm, qkv, 3);
     op_linear(b, qkv, (float *[]){b->q, b->k, b->v}, 3);
@@ -17,17 +22,17 @@ static void layer(struct batch *b, int il, int first_out) {
     if (il == b->model->shape.n_layer - 1) op_keep_rows(b, first_out);
     if (b->rows == 0) return;
     op_attention(b, il);
-    if (w->parallel) {
-        op_norm(b, &w->attn_norm, gate_up, 2);
-        op_linear(b, gate_up, (float *[]){b->gate, b->up}, 2);
-    }
-    op_prepare(b, b->attn, &w->o);
+    if (w->parallel) gate_and_up(b, w, &w->attn_norm);
+    op_prepare(b, b->attn, o, 1);
     op_linear_residual(b, &w->o, &w->post_attn_norm);
 
-    if (!w->parallel) {
-        op_norm(b, &w->ffn_norm, gate_up, 2);
-        op_linear(b, gate_up, (float *[]){b->gate, b->up}, 2);
+    if (w->experts.router) {
+        op_route(b, il);
+        op_experts(b, il);
+        if (w->up.n_out) op_shared_expert(b, il);
+        return;
     }
+    if (!w->parallel) gate_and_up(b, w, &w->ffn_norm);
     op_activate(b, &w->down);
     op_linear_residual(b, &w->down, &w->post_ffn_norm);
 }

@@ -32,8 +32,9 @@ struct projection {
     size_t offset;
 };
 
-/* n_out is 0 for a gate that the model does not have. */
-static void projections(const struct shape *s, struct projection p[N_PROJ]) {
+/* Of layer il. n_out is 0 for what it does not have: a gate, or in a mixture the shared expert, whose
+ * matrices stand for the feed-forward half. */
+static void projections(const struct shape *s, int il, struct projection p[N_PROJ]) {
     int q = s->n_head * s->head_dim, kv = s->n_head_kv * s->head_dim;
     const struct projection table[N_PROJ] = {
         [PROJ_Q] = {"attn_q", q, s->n_embd, offsetof(struct layer, q)},
@@ -44,6 +45,22 @@ static void projections(const struct shape *s, struct projection p[N_PROJ]) {
                        offsetof(struct layer, gate)},
         [PROJ_UP] = {"ffn_up", s->n_ff, s->n_embd, offsetof(struct layer, up)},
         [PROJ_DOWN] = {"ffn_down", s->n_embd, s->n_ff, offsetof(struct layer, down)},
+    };
+    memcpy(p, table, sizeof table);
+    if (!s->mixture[il]) return;
+    p[PROJ_GATE].name = "ffn_gate_shexp";
+    p[PROJ_UP].name = "ffn_up_shexp";
+    p[PROJ_DOWN].name = "ffn_down_shexp";
+    p[PROJ_GATE].n_out = p[PROJ_UP].n_out = p[PROJ_DOWN].n_in = s->n_ff_shared;
+    if (!s->n_ff_shared) p[PROJ_DOWN].n_out = 0;
+}
+
+/* The experts' matrices, each the same for all of them. */
+static void expert_projections(const struct shape *s, struct projection p[3]) {
+    const struct projection table[3] = {
+        {"ffn_gate_exps", s->n_ff_expert, s->n_embd, offsetof(struct experts, gate)},
+        {"ffn_up_exps", s->n_ff_expert, s->n_embd, offsetof(struct experts, up)},
+        {"ffn_down_exps", s->n_embd, s->n_ff_expert, offsetof(struct experts, down)},
     };
     memcpy(p, table, sizeof table);
 }
@@ -139,11 +156,11 @@ static void convert_work(void *ctx, int ith, int nth) {
     for (int panel = begin; panel < end; panel++) {
         int first = panel * AMBER_PANEL, count = amber_min(AMBER_PANEL, c->n_out - first);
         float *dst = c->f32 ? c->f32 + (int64_t)first * c->n_in : rows;
-        const uint8_t *src = c->tensor->data + (uint64_t)first * c->row_bytes;
         if (c->packed)
             packed_rows(c->packed, first, count, dst);
         else
-            c->type->to_float(src, dst, (int64_t)count * c->n_in);
+            c->type->to_float(c->tensor->data + (uint64_t)first * c->row_bytes, dst,
+                              (int64_t)count * c->n_in);
         if (!c->f32) amber_pack_w8_panel(c->q, c->scale, rows, panel, count, c->n_in, c->k_pad);
     }
 }
@@ -186,29 +203,36 @@ static amber_status load_linear(struct loader *ld, const struct gguf_tensor *t, 
     return report(ld, t);
 }
 
-/* The matrix `stem`.weight of an Amber GGUF: mapped, or in float mode multiplied out. */
+/* A matrix of an Amber GGUF: mapped, or in float mode multiplied out. t: to drop its pages then. */
+static amber_status use_packed(struct loader *ld, const struct gguf_tensor *t, const char *name,
+                               const struct amber_w8 *w8, struct linear *out) {
+    struct model *m = ld->m;
+    *out = (struct linear){.n_out = w8->n_out, .n_in = w8->n_in};
+    m->n_params += (int64_t)w8->n_out * w8->n_in;
+    if (!m->float_weights) {
+        out->w8 = *w8;
+        return AMBER_OK;
+    }
+    struct convert c = {.packed = w8, .n_out = w8->n_out, .n_in = w8->n_in};
+    int64_t bytes = linear_bytes(w8->n_out, w8->n_in, true);
+    out->f32 = c.f32 = keep(m, (size_t)bytes);
+    if (!c.f32) return no_memory(ld, name, bytes);
+    amber_pool_run(ld->pool, convert_work, &c);
+    if (t) gguf_drop_pages(m->file, t);
+    return AMBER_OK;
+}
+
+/* The matrix `stem`.weight of an Amber GGUF. */
 static amber_status load_packed(struct loader *ld, const char *stem, int n_out, int n_in,
                                 struct linear *out) {
-    struct model *m = ld->m;
     struct amber_w8 w8;
-    amber_status status = packed_matrix(m->file, stem, n_out, n_in, &w8, ld->err);
+    amber_status status = packed_matrix(ld->m->file, stem, n_out, n_in, &w8, ld->err);
     if (status != AMBER_OK) return status;
     char name[64];
     snprintf(name, sizeof name, "%s.weight", stem);
-    const struct gguf_tensor *t = gguf_find_tensor(m->file, name);
-    *out = (struct linear){.n_out = n_out, .n_in = n_in};
-    if (m->float_weights) {
-        struct convert c = {.tensor = t, .packed = &w8, .n_out = n_out, .n_in = n_in};
-        int64_t bytes = linear_bytes(n_out, n_in, true);
-        out->f32 = c.f32 = keep(m, (size_t)bytes);
-        if (!c.f32) return no_memory(ld, name, bytes);
-        amber_pool_run(ld->pool, convert_work, &c);
-        gguf_drop_pages(m->file, t);
-    } else {
-        out->w8 = w8;
-    }
-    m->n_params += (int64_t)n_out * n_in;
-    return report(ld, t);
+    const struct gguf_tensor *t = gguf_find_tensor(ld->m->file, name);
+    status = use_packed(ld, t, name, &w8, out);
+    return status == AMBER_OK ? report(ld, t) : status;
 }
 
 /* A one-dimensional tensor as float32, padded with zeros to whole panels. t NULL: missing. */
@@ -239,14 +263,15 @@ static const float *weight_sums(struct loader *ld, const struct linear *w) {
     return sums;
 }
 
-/* t: the source of the weights; stem: their name in an Amber GGUF. */
+/* t: the source of the weights; NULL: they do not count, as of experts, where one mask per token
+ * serves all (arXiv 2508.02128 on mixtures). stem: their name in an Amber GGUF. */
 static amber_status prepare_rule(struct loader *ld, const struct gguf_tensor *t, const char *stem,
                                  const struct rule *rule, struct linear *out) {
     if (!rule_is_sparse(rule)) return AMBER_OK;
     out->rule = rule;
     if (rule->shift != SHIFT_NONE && !out->f32 && !(out->w8.sum = weight_sums(ld, out)))
         return no_memory(ld, stem, out->n_out * (int64_t)sizeof(float));
-    if (rule->criterion == CRITERION_ACT) return AMBER_OK;
+    if (rule->criterion == CRITERION_ACT || !t) return AMBER_OK;
     if (ld->m->packed)
         return packed_score(ld->m->file, stem, out->n_in, rule->criterion, &out->score, ld->err);
     float *score = keep(ld->m, sizeof *score * (size_t)out->n_in);
@@ -342,6 +367,87 @@ static amber_status load_projection(struct loader *ld, int il, int id, const str
                               : status;
 }
 
+/* One of the experts' matrices, for all of them: slices of one tensor [n_in, n_out, n_expert]. */
+static amber_status load_expert_matrices(struct loader *ld, int il, int id,
+                                         const struct projection *p, struct linear *w) {
+    struct model *m = ld->m;
+    const int n = m->shape.n_expert, padded = n_panels(p->n_out) * AMBER_PANEL;
+    char stem[48], name[64];
+    snprintf(stem, sizeof stem, "blk.%d.%s", il, p->name);
+    snprintf(name, sizeof name, "%s.weight", stem);
+    struct amber_w8 all = {0};
+    struct gguf_tensor t = {0};
+    amber_status status;
+    if (m->packed) {
+        status = packed_matrix(m->file, stem, n * padded, p->n_in, &all, ld->err);
+    } else {
+        const struct gguf_tensor *found = gguf_find_tensor(m->file, name);
+        if (found) t = *found;
+        if (t.ne[2] == (uint64_t)n) {
+            t.ne[1] *= (uint64_t)n;
+            t.ne[2] = 1;
+        }
+        status = check_weight(m->file, name, found ? &t : NULL, n * p->n_out, p->n_in, ld->err);
+        t.ne[1] = (uint64_t)p->n_out;
+        t.size = type_row_bytes(t.type, (uint64_t)p->n_in) * (uint64_t)p->n_out;
+    }
+    for (int e = 0; e < n && status == AMBER_OK; e++) {
+        if (m->packed) {
+            struct amber_w8 one = all;
+            one.n_out = p->n_out;
+            one.q += (int64_t)e * padded * all.k_pad;
+            one.scale += (int64_t)e * padded;
+            status = use_packed(ld, NULL, name, &one, &w[e]);
+        } else {
+            status = load_linear(ld, &t, name, p->n_out, p->n_in, &w[e]);
+            t.data += t.size;
+        }
+        if (status == AMBER_OK && id == PROJ_DOWN)
+            status = scale_linear(ld, &w[e], m->shape.residual_scale);
+        if (status == AMBER_OK)
+            status = prepare_rule(ld, NULL, stem, plan_rule(&m->plan, il, id), &w[e]);
+    }
+    return status == AMBER_OK && m->packed ? report(ld, gguf_find_tensor(m->file, name)) : status;
+}
+
+/* A float matrix that stays float. */
+static amber_status load_floats(struct loader *ld, const char *name, int n_out, int n_in,
+                                const float **out) {
+    const struct gguf_tensor *t = NULL;
+    amber_status status = find_weight(ld->m->file, name, n_out, n_in, &t, ld->err);
+    if (status != AMBER_OK) return status;
+    const int64_t n = (int64_t)n_in * amber_max(n_out, 1);
+    float *v = keep(ld->m, sizeof *v * (size_t)n);
+    if (!v) return no_memory(ld, name, n * (int64_t)sizeof *v);
+    type_info(t->type)->to_float(t->data, v, n);
+    ld->m->n_params += n;
+    *out = v;
+    return report(ld, t);
+}
+
+static amber_status load_experts(struct loader *ld, int il) {
+    struct experts *x = &ld->m->layers[il].experts;
+    const struct shape *s = &ld->m->shape;
+    char name[64];
+    snprintf(name, sizeof name, "blk.%d.ffn_gate_inp.weight", il);
+    amber_status status = load_floats(ld, name, s->n_expert, s->n_embd, &x->router);
+    snprintf(name, sizeof name, "blk.%d.ffn_gate_inp_shexp.weight", il);
+    if (status == AMBER_OK && s->n_ff_shared && gguf_find_tensor(ld->m->file, name))
+        status = load_floats(ld, name, 0, s->n_embd, &x->shared_router);
+    if (status != AMBER_OK) return status;
+
+    x->gate = calloc(3 * (size_t)s->n_expert, sizeof *x->gate);
+    if (!x->gate) return no_memory(ld, "the table of experts", 0);
+    x->up = x->gate + s->n_expert;
+    x->down = x->up + s->n_expert;
+    struct projection p[3];
+    expert_projections(s, p);
+    struct linear *w[3] = {x->gate, x->up, x->down};
+    for (int i = 0; i < 3 && status == AMBER_OK; i++)
+        status = load_expert_matrices(ld, il, PROJ_GATE + i, &p[i], w[i]);
+    return status;
+}
+
 /* stem.weight and, where the file has it, stem.bias. */
 static amber_status load_norm(struct loader *ld, const char *stem, struct norm *norm) {
     char name[64];
@@ -409,27 +515,32 @@ static amber_status load_norms(struct loader *ld, int il) {
 static amber_status load_layer(struct loader *ld, int il) {
     amber_status status = load_norms(ld, il);
     struct projection p[N_PROJ];
-    projections(&ld->m->shape, p);
+    projections(&ld->m->shape, il, p);
     for (int i = 0; i < N_PROJ && status == AMBER_OK; i++)
         if (p[i].n_out) status = load_projection(ld, il, i, &p[i]);
-    return status;
+    return status == AMBER_OK && ld->m->shape.mixture[il] ? load_experts(ld, il) : status;
 }
 
 /* Share of the multiplications of the layers' linear projections whose input is sparse: the coverage
  * of arXiv 2508.02128. With kernels, the share that these leave out. */
 static double sparse_share(const struct plan *plan, const struct shape *s,
                            const struct amber_kernels *kernels) {
-    struct projection p[N_PROJ];
-    projections(s, p);
     double share = 0, total = 0;
     for (int il = 0; il < s->n_layer; il++) {
+        struct projection p[N_PROJ], expert[3];
+        projections(s, il, p);
+        expert_projections(s, expert);
         for (int i = 0; i < N_PROJ; i++) {
             const struct rule *rule = plan_rule(plan, il, i);
+            const struct projection *e = &expert[amber_max(i - PROJ_GATE, 0)];
             double work = (double)p[i].n_out * p[i].n_in;
-            total += work;
+            double chosen = s->mixture[il] && i >= PROJ_GATE
+                                ? (double)s->n_expert_used * e->n_out * e->n_in
+                                : 0;
+            total += work + chosen;
             if (!rule_is_sparse(rule)) continue;
             int keep = kernels ? amber_nm_listed(kernels, &rule->pattern) : 0;
-            if (!kernels) share += work;
+            if (!kernels) share += work + chosen;
             if (keep) share += work * (16 - keep) / 16;
         }
     }
@@ -530,6 +641,7 @@ amber_status model_load(struct gguf_file *file, const amber_engine_options *opti
 void model_free(struct model *m) {
     for (int i = 0; i < m->n_blocks; i++) amber_free(m->blocks[i]);
     free(m->blocks);
+    for (int il = 0; m->layers && il < m->shape.n_layer; il++) free(m->layers[il].experts.gate);
     free(m->layers);
     plan_free(&m->plan);
     shape_free(&m->shape);
@@ -556,10 +668,15 @@ amber_status model_estimate(const struct gguf_file *file, bool float_weights, st
     if (status == AMBER_OK) status = packed_check(file, &packed, err);
     if (status != AMBER_OK) return status;
     int64_t matrices = linear_bytes(s->n_vocab, s->n_embd, float_weights);
-    struct projection p[N_PROJ];
-    projections(s, p);
-    for (int i = 0; i < N_PROJ; i++)
-        matrices += s->n_layer * linear_bytes(p[i].n_out, p[i].n_in, float_weights);
+    for (int il = 0; il < s->n_layer; il++) {
+        struct projection p[N_PROJ], expert[3];
+        projections(s, il, p);
+        expert_projections(s, expert);
+        for (int i = 0; i < N_PROJ; i++)
+            matrices += linear_bytes(p[i].n_out, p[i].n_in, float_weights);
+        for (int i = 0; i < 3 && s->mixture[il]; i++)
+            matrices += s->n_expert * linear_bytes(expert[i].n_out, expert[i].n_in, float_weights);
+    }
     bool mapped = packed && !float_weights;
     *weight_bytes = vector_bytes(file) + (mapped ? 0 : matrices);
     *mapped_bytes =

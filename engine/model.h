@@ -31,14 +31,18 @@ struct arch {
     int wide_layers;      /* a model of so many layers scales scores by the width per head */
     float attn_softcap, final_softcap; /* where the file does not say */
     bool divide_logits;                /* by logit_scale, else multiplied */
-    bool keep_top_weights;             /* the chosen experts' shares are not normed to 1 */
+    bool expert_norm;                  /* the chosen experts' shares are normed to a sum of 1 */
 };
 
 struct shape {
     const struct arch *arch;
     int n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, n_rot, n_ctx_train;
     int window;        /* positions that a token sees in a windowed layer, itself included; or 0 */
-    uint8_t *windowed; /* [n_layer] owned */
+    uint8_t *windowed; /* [n_layer] owned, and the block that holds mixture */
+    uint8_t *mixture;  /* [n_layer] the feed-forward half is a mixture of experts */
+    int n_expert, n_expert_used, n_ff_expert, n_ff_shared; /* 0: none */
+    bool expert_norm;
+    float expert_scale; /* of the experts' shares */
     float norm_eps;
     float attn_scale, attn_softcap, final_softcap;  /* a cap of 0: none */
     float embed_scale, residual_scale, logit_scale; /* factors; 1: none */
@@ -75,11 +79,19 @@ struct linear {
     int n_out, n_in;
 };
 
+/* A mixture of experts. The router is float32 in every mode. */
+struct experts {
+    const float *router;             /* [n_expert, n_embd]; NULL: the layer has no experts */
+    const float *shared_router;      /* [n_embd], or NULL: the shared expert's share is 1 */
+    struct linear *gate, *up, *down; /* [n_expert] each; one block that gate owns */
+};
+
 struct layer {
     struct norm attn_norm, post_attn_norm, ffn_norm, post_ffn_norm; /* [n_embd] */
     struct norm q_norm, k_norm;               /* of each head, or of all heads together */
     bool parallel;                            /* the feed-forward half reads what attention reads */
     struct linear q, k, v, o, gate, up, down; /* gate.n_out 0: down reads f(up) */
+    struct experts experts; /* gate, up, down are then the shared expert, or have no outputs */
 };
 
 struct model {

@@ -34,6 +34,12 @@ static inline void norm_row(const struct batch *b, const struct norm *norm, int 
 
 /* The input that choose_inputs made for w in this batch. */
 const struct activation *input_of(const struct batch *b, const struct linear *w);
+/* As op_prepare, but never in lists: for rows that are gathered before they are multiplied. */
+void prepare_unlisted(struct batch *b, const float *src, const struct linear *const w[], int n);
+/* The input of the experts' down projections: rows of gate and up in the experts' order, each pruned
+ * alone. make_expert_row fills row i, of the batch's row r. */
+void choose_expert_input(struct batch *b, const struct linear *w, struct activation *in, int rows);
+void make_expert_row(const struct batch *b, const struct activation *in, int i, int r, int ith);
 /* Of an input in lists: the rows that are in them. */
 struct amber_a8 listed_rows(const struct activation *in);
 

@@ -33,7 +33,6 @@ static int first_pruned(const struct batch *b) {
 }
 
 static void choose_lists(const struct batch *b, struct activation *in, int *n_lists) {
-    in->nm.keep = 0;
     in->listed_from = first_pruned(b);
     if (!in->of || b->model->float_weights || b->rows - in->listed_from < MIN_LISTED) return;
     in->nm.keep = amber_nm_listed(b->kernels, &in->of->rule->pattern);
@@ -54,7 +53,18 @@ struct amber_a8 listed_rows(const struct activation *in) {
     return a;
 }
 
-static void choose_inputs(struct batch *b, const struct linear *const w[], int n) {
+/* An input of w's rule and width, not in lists. */
+static void choose_input(const struct batch *b, const struct linear *w, struct activation *in,
+                         int rows) {
+    in->of = pruned_for(b, w);
+    in->a8.k_pad = (int)amber_round_up(w->n_in, AMBER_K_ALIGN);
+    in->a8.stride = amber_a8_stride(in->a8.k_pad);
+    in->a8.rows = rows;
+    in->a8.shift = in->of && in->of->rule->shift != SHIFT_NONE ? in->shift : NULL;
+    in->nm.keep = 0;
+}
+
+static void choose_inputs(struct batch *b, const struct linear *const w[], int n, bool lists) {
     int n_lists = 0;
     b->n_in = w[0]->n_in;
     b->n_inputs = 0;
@@ -64,12 +74,8 @@ static void choose_inputs(struct batch *b, const struct linear *const w[], int n
         while (j < b->n_inputs && !same_input(b->in[j].of, of)) j++;
         if (j < b->n_inputs) continue;
         struct activation *in = &b->in[b->n_inputs++];
-        in->of = of;
-        in->a8.k_pad = (int)amber_round_up(b->n_in, AMBER_K_ALIGN);
-        in->a8.stride = amber_a8_stride(in->a8.k_pad);
-        in->a8.rows = b->rows;
-        in->a8.shift = of && of->rule->shift != SHIFT_NONE ? in->shift : NULL;
-        choose_lists(b, in, &n_lists);
+        choose_input(b, w[i], in, b->rows);
+        if (lists) choose_lists(b, in, &n_lists);
     }
 }
 
@@ -188,18 +194,38 @@ static void store_pruned(const struct batch *b, const struct activation *in, int
 
 struct input_job {
     struct batch *b;
-    void (*make)(struct batch *b, const void *source, int r, float *row);
+    void (*make)(const struct batch *b, const void *source, int r, float *row);
     const void *source;
 };
+
+/* A thread's scratch: two rows as they are made, two as they are pruned, one more, and prune's. */
+struct row_scratch {
+    float *x, *z, *work;
+    void *prune;
+};
+
+static struct row_scratch row_scratch(const struct batch *b, int ith) {
+    const int64_t n = b->n_in;
+    float *x = (float *)(void *)(b->row_scratch + ith * b->row_scratch_bytes);
+    return (struct row_scratch){.x = x,
+                                .z = x + 2 * n,
+                                .work = x + 4 * n,
+                                .prune =
+                                    (char *)x + amber_round_up(5 * n * (int64_t)sizeof *x, 64)};
+}
+
+static void store_dense(const struct batch *b, const struct activation *in, int r,
+                        const float *row) {
+    store_row(b, in, r, row);
+    if (in->a8.shift) in->shift[r] = 0;
+}
 
 static void input_work(void *ctx, int ith, int nth) {
     const struct input_job *job = ctx;
     struct batch *b = job->b;
     const int n = b->n_in, odd = b->pos0 % 2;
-    float *x = (float *)(void *)(b->row_scratch + ith * b->row_scratch_bytes);
-    float *z = x + 2 * (int64_t)n, *work = z + 2 * (int64_t)n;
-    void *prune_scratch = (char *)x + amber_round_up(5 * (int64_t)n * (int64_t)sizeof *x, 64);
-
+    const struct row_scratch scratch = row_scratch(b, ith);
+    float *x = scratch.x;
     int begin, end;
     amber_split(b->rows + odd, 2, ith, nth, &begin, &end);
     for (int first = begin; first < end; first += 2) {
@@ -210,16 +236,14 @@ static void input_work(void *ctx, int ith, int nth) {
         for (int i = 0; i < b->n_inputs; i++) {
             const struct activation *in = &b->in[i];
             if (in->of && !protected && in->of->rule->pattern.tokens == 2) {
-                store_pruned(b, in, r0, rows, x, z, work, prune_scratch);
+                store_pruned(b, in, r0, rows, x, scratch.z, scratch.work, scratch.prune);
             } else {
                 for (int r = r0; r < r1; r++) {
                     const float *row = x + (int64_t)(r - r0) * n;
-                    if (in->of && !protected) {
-                        store_pruned(b, in, r, 1, row, z, work, prune_scratch);
-                    } else {
-                        store_row(b, in, r, row);
-                        if (in->a8.shift) in->shift[r] = 0;
-                    }
+                    if (in->of && !protected)
+                        store_pruned(b, in, r, 1, row, scratch.z, scratch.work, scratch.prune);
+                    else
+                        store_dense(b, in, r, row);
                 }
             }
             if (in->nm.keep && !protected) {
@@ -231,15 +255,15 @@ static void input_work(void *ctx, int ith, int nth) {
     }
 }
 
-static void make_norm(struct batch *b, const void *source, int r, float *row) {
+static void make_norm(const struct batch *b, const void *source, int r, float *row) {
     norm_row(b, source, 0, row, b->x + (int64_t)r * b->n_in);
 }
 
-static void make_copy(struct batch *b, const void *source, int r, float *row) {
+static void make_copy(const struct batch *b, const void *source, int r, float *row) {
     memcpy(row, (const float *)source + (int64_t)r * b->n_in, sizeof *row * (size_t)b->n_in);
 }
 
-static void make_activation(struct batch *b, const void *source, int r, float *row) {
+static void make_activation(const struct batch *b, const void *source, int r, float *row) {
     (void)source;
     const struct arch *arch = b->model->shape.arch;
     const int64_t at = (int64_t)r * b->n_in;
@@ -253,19 +277,42 @@ void op_norm(struct batch *b, const struct norm *norm, const struct linear *cons
     int count = 0;
     for (int i = 0; i < n; i++)
         if (w[i]->n_out) present[count++] = w[i];
-    choose_inputs(b, present, count);
+    choose_inputs(b, present, count, true);
     if (norm->weight)
         run_rows(b, input_work, &(struct input_job){b, make_norm, norm});
     else
         run_rows(b, input_work, &(struct input_job){b, make_copy, b->x});
 }
 
-void op_prepare(struct batch *b, const float *src, const struct linear *w) {
-    choose_inputs(b, &w, 1);
+static void prepare(struct batch *b, const float *src, const struct linear *const w[], int n,
+                    bool lists) {
+    choose_inputs(b, w, n, lists);
     run_rows(b, input_work, &(struct input_job){b, make_copy, src});
 }
 
+void op_prepare(struct batch *b, const float *src, const struct linear *const w[], int n) {
+    prepare(b, src, w, n, true);
+}
+
+void prepare_unlisted(struct batch *b, const float *src, const struct linear *const w[], int n) {
+    prepare(b, src, w, n, false);
+}
+
 void op_activate(struct batch *b, const struct linear *w) {
-    choose_inputs(b, &w, 1);
+    choose_inputs(b, &w, 1, true);
     run_rows(b, input_work, &(struct input_job){b, make_activation, NULL});
+}
+
+void choose_expert_input(struct batch *b, const struct linear *w, struct activation *in, int rows) {
+    b->n_in = w->n_in;
+    choose_input(b, w, in, rows);
+}
+
+void make_expert_row(const struct batch *b, const struct activation *in, int i, int r, int ith) {
+    const struct row_scratch scratch = row_scratch(b, ith);
+    make_activation(b, NULL, i, scratch.x);
+    if (in->of && r >= first_pruned(b))
+        store_pruned(b, in, i, 1, scratch.x, scratch.z, scratch.work, scratch.prune);
+    else
+        store_dense(b, in, i, scratch.x);
 }

@@ -12,7 +12,8 @@
 /* ---- memory ---- */
 
 static int widest_input(const struct shape *s) {
-    return amber_max(amber_max(s->n_embd, s->n_ff), s->n_head * s->head_dim);
+    int wide = amber_max(amber_max(s->n_embd, s->n_ff), s->n_head * s->head_dim);
+    return amber_max(amber_max(wide, s->n_ff_expert), s->n_ff_shared);
 }
 
 /* One place lists every buffer, so that the estimate and the allocation cannot disagree. Calls `each`
@@ -34,7 +35,8 @@ static bool each_buffer(const struct shape *s, bool floats, const struct plan *p
                         const struct amber_kernels *kernels, struct amber_session *session,
                         buffer_fn each, void *user) {
     struct batch *b = &session->batch;
-    const int64_t f32 = sizeof(float), rows = b->n_batch, wide = widest_input(s);
+    const int64_t f32 = sizeof(float), i32 = sizeof(int32_t), rows = b->n_batch,
+                  wide = widest_input(s);
     const int64_t q = (int64_t)s->n_head * s->head_dim, kv = (int64_t)s->n_head_kv * s->head_dim;
     b->kv_f32 = floats;
     b->row_scratch_bytes = amber_round_up(5 * f32 * wide, 64) +
@@ -51,7 +53,15 @@ static bool each_buffer(const struct shape *s, bool floats, const struct plan *p
     b->kv_position_bytes = kv * (floats ? 4 : 2);
     int64_t positions = 0;
     for (int il = 0; il < s->n_layer; il++) positions += 2 * layer_positions(b, s, il);
-    const int64_t norms = s->arch->norms == NORM_POST || s->arch->norms == NORM_PRE_POST;
+    const int64_t slots = rows * s->n_expert_used;
+    const int64_t dense = rows * amber_max(s->n_ff, s->n_ff_shared),
+                  sparse = slots * s->n_ff_expert;
+    const int64_t hidden = dense > sparse ? dense : sparse;
+    const bool with_y =
+        s->n_expert || s->arch->norms == NORM_POST || s->arch->norms == NORM_PRE_POST;
+    const int64_t expert_wide = amber_max(s->n_embd, s->n_ff_expert);
+    for (int i = 0; i < 2 && slots; i++)
+        if (!each_input(&b->gathered[i], floats, slots, expert_wide, each, user)) return false;
     const int64_t angles = f32 * rows * (s->n_rot / 2);
     return each(user, (void **)&b->kv, positions * b->kv_position_bytes, true) &&
            each(user, (void **)&session->tokens, (int64_t)sizeof(int32_t) * b->n_ctx, false) &&
@@ -61,9 +71,15 @@ static bool each_buffer(const struct shape *s, bool floats, const struct plan *p
            each(user, (void **)&b->attn, f32 * rows * q, false) &&
            each(user, (void **)&b->k, f32 * rows * kv, false) &&
            each(user, (void **)&b->v, f32 * rows * kv, false) &&
-           each(user, (void **)&b->gate, s->arch->no_gate ? 0 : f32 * rows * s->n_ff, false) &&
-           each(user, (void **)&b->up, f32 * rows * s->n_ff, false) &&
-           each(user, (void **)&b->y, norms * f32 * rows * s->n_embd, false) &&
+           each(user, (void **)&b->gate, s->arch->no_gate ? 0 : f32 * hidden, false) &&
+           each(user, (void **)&b->up, f32 * hidden, false) &&
+           each(user, (void **)&b->y, with_y * f32 * rows * s->n_embd, false) &&
+           each(user, (void **)&b->router, f32 * rows * s->n_expert, false) &&
+           each(user, (void **)&b->chosen, i32 * slots, false) &&
+           each(user, (void **)&b->share, f32 * slots, false) &&
+           each(user, (void **)&b->slot, i32 * slots, false) &&
+           each(user, (void **)&b->expert_at, slots ? i32 * (s->n_expert + 1) : 0, false) &&
+           each(user, (void **)&b->expert_out, f32 * slots * s->n_embd, false) &&
            each(user, (void **)&b->cos[0], angles, false) &&
            each(user, (void **)&b->sin[0], angles, false) &&
            each(user, (void **)&b->cos[1], s->rope_local ? angles : 0, false) &&
@@ -80,7 +96,7 @@ static bool count_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     return true;
 }
 
-#define MAX_BUFFERS (17 + 5 * MAX_INPUTS)
+#define MAX_BUFFERS (23 + 5 * (MAX_INPUTS + 2))
 
 static bool make_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     struct amber_session *session = user;

@@ -45,7 +45,7 @@ struct batch {
     float *q, *attn;  /* [rows, n_head * head_dim] */
     float *k, *v;     /* [rows, n_head_kv * head_dim] */
     float *gate, *up; /* [rows, n_ff] */
-    float *y;         /* [rows, n_embd] a half's output where it is normed before it is added */
+    float *y;         /* [rows, n_embd] a half's output before its norm; the input of experts */
     const double *rope_freq[2]; /* all layers; windowed layers where these differ, or NULL */
     float *cos[2], *sin[2];     /* [rows, n_rot / 2] */
     struct activation in[MAX_INPUTS];
@@ -54,6 +54,15 @@ struct batch {
     uint8_t *row_scratch;       /* [threads, row_scratch_bytes] */
     int64_t row_scratch_bytes;
     uint8_t *attn_scratch; /* [threads, kernels->attention_scratch] */
+
+    /* Mixture of experts. A slot is one choice of one row: row * n_expert_used + choice. */
+    float *router;                 /* [rows, n_expert] */
+    int32_t *chosen;               /* [slots] expert */
+    float *share;                  /* [slots] */
+    int32_t *slot;                 /* [slots] in the order of their experts */
+    int32_t *expert_at;            /* [n_expert + 1] where an expert's slots begin in that order */
+    struct activation gathered[2]; /* rows in that order */
+    float *expert_out;             /* [slots, n_embd] */
 
     /* KV cache: K, then V of one layer after the other, [n_head_kv, positions, head_dim] each,
      * float16, or float32 in float mode. Windowed layers hold a ring of window_ctx positions: what
@@ -121,8 +130,8 @@ void op_rope_table(struct batch *b);
  * where their rules say so, and quantized.
  * in = norm(x), or x where there is none */
 void op_norm(struct batch *b, const struct norm *norm, const struct linear *const w[], int n);
-/* in = the rows of src [rows, w->n_in] */
-void op_prepare(struct batch *b, const float *src, const struct linear *w);
+/* in = the rows of src [rows, n_in] */
+void op_prepare(struct batch *b, const float *src, const struct linear *const w[], int n);
 /* in = activation(gate) * up, or activation(up) in a model without gate */
 void op_activate(struct batch *b, const struct linear *w);
 /* y[i] = w[i](in) for the n linear layers that the input was made for. Layers without outputs are
@@ -134,6 +143,12 @@ void op_linear_residual(struct batch *b, const struct linear *w, const struct no
 void op_rope_and_store(struct batch *b, int il);
 /* attn = attention of q over the cache of layer il. */
 void op_attention(struct batch *b, int il);
+/* y = norm(x) and each row's experts. */
+void op_route(struct batch *b, int il);
+/* x += the shares of the chosen experts, each down(activation(gate y) * up y). */
+void op_experts(struct batch *b, int il);
+/* x += what an expert gives that every token has, by its own share where it has one. */
+void op_shared_expert(struct batch *b, int il);
 /* logits [rows, n_vocab] = cap * tanh(logits / cap) */
 void op_softcap(struct batch *b, float *logits, float cap);
 /* From here on only rows first..rows-1 go on. q and x move along. */

@@ -73,6 +73,16 @@ CASES = {
         "rope_parameters": rope("yarn", 1e4, factor=4.0, original_max_position_embeddings=64)}),
     "qwen3": Case("qwen3", "Qwen3Config", "qwen2", {
         "head_dim": 32, "rope_parameters": rope(theta=1e6)}),
+    "mixtral": Case("llama", "MixtralConfig", "spm", {
+        "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64,
+        "rope_parameters": rope(theta=1e6)}),
+    "qwen2moe": Case("qwen2moe", "Qwen2MoeConfig", "qwen2", {
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64, "norm_topk_prob": False,
+        "rope_parameters": rope(theta=1e6)}),
+    "qwen3moe": Case("qwen3moe", "Qwen3MoeConfig", "qwen2", {
+        "head_dim": 32, "num_local_experts": 16, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 32, "norm_topk_prob": True, "rope_parameters": rope(theta=1e6)}),
     "gemma": Case("gemma", "GemmaConfig", "spm", {
         "head_dim": 32, "num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh",
         "rope_parameters": rope()}),
