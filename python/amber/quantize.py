@@ -42,7 +42,8 @@ FORMAT, LAYOUT, ALIGNMENT = 1, "p16k4o128", 64
 PANEL, K_ALIGN = 16, 64  # outputs of a panel; inputs are padded to a multiple
 STATISTICS = 2048  # tokens whose activations choose an order
 SLICE_BYTES = 1 << 26  # of float32 rows that are converted at once where no score needs them all
-LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight")
+LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down)(_shexp)?)\.weight")
+EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 F32, F16, I8 = 0, 1, 24  # tensor types
 U32, F64, BOOL, STRING = 4, 12, 7, 8  # value types
 
@@ -269,6 +270,8 @@ class Source:
         for tensor in self.tensors.values():
             if LINEAR.fullmatch(tensor.name) or tensor.name == "output.weight":
                 parts += self._matrix(tensor.name, tensor.name.removesuffix(".weight"))
+            elif EXPERTS.fullmatch(tensor.name):
+                parts += self._experts(tensor.name)
             elif len(tensor.shape) == 1:
                 parts.append(self._vector(tensor))
             elif tensor.name == "token_embd.weight" and self.orders:
@@ -318,6 +321,34 @@ class Source:
                     yield self._ordered(tensor.name, first, first + step).astype(np.float16)
 
         return Part(tensor.name, kind, (k, n), width * k * n, pieces)
+
+    def _experts(self, name: str) -> list[Part]:
+        """The experts' matrices one below the other, each in whole panels. One mask per token serves
+        all of them, so they have no scores."""
+        import numpy as np
+
+        k, n, experts = self.tensors[name].shape
+        panels, k_pad = -(-n // PANEL) * experts, -(-k // K_ALIGN) * K_ALIGN
+        scales: list[Any] = []
+
+        def weight() -> Iterator[Any]:
+            for e in range(experts):
+                q, scale = pack(self.rows(name, e, e + 1)[0], f"{name}, expert {e}")
+                scales.append(scale)
+                yield q
+
+        stem = name.removesuffix(".weight")
+        shape = (k_pad * PANEL, panels)
+        return [
+            Part(f"{stem}.weight", I8, shape, panels * PANEL * k_pad, weight),
+            Part(
+                f"{stem}.scale",
+                F32,
+                (panels * PANEL,),
+                4 * panels * PANEL,
+                lambda: iter([np.concatenate(scales)]),
+            ),
+        ]
 
     def _matrix(self, name: str, stem: str) -> list[Part]:
         import numpy as np
