@@ -323,8 +323,8 @@ class Source:
         return Part(tensor.name, kind, (k, n), width * k * n, pieces)
 
     def _experts(self, name: str) -> list[Part]:
-        """The experts' matrices one below the other, each in whole panels. One mask per token serves
-        all of them, so they have no scores."""
+        """The experts' matrices one below the other, each in whole panels. One mask per token
+        serves all of them, so they have no scores."""
         import numpy as np
 
         k, n, experts = self.tensors[name].shape
