@@ -1,6 +1,7 @@
 """Hugging Face folders: what is written against the files and configurations they came from."""
 
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 import amber
 from amber import quantize as q
-from amber.convert import Folder, write_gguf
+from amber.convert import Config, Folder, Rope, config_keys, write_gguf
 from amber.safetensors import read_folder
 
 HF_NAMES = {
@@ -277,6 +278,234 @@ def test_synthetic_vocabulary(tmp_path: Path) -> None:
     assert not tokenizer.adds_bos and tokenizer.is_eog(tokenizer.eos)
 
 
+# ---- architectures ----
+
+# config.json of published models, as far as the converter reads it, and keys that tell.
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 8192, "rope_type": "llama3"}  # fmt: skip
+PUBLISHED: dict[str, tuple[str, dict, dict]] = {
+    "Llama-3.1-8B": ("llama", {
+        "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 14336, "max_position_embeddings": 131072, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_scaling": _LLAMA3, "rope_theta": 500000.0, "tie_word_embeddings": False,
+    }, {"context_length": 131072, "embedding_length": 4096, "block_count": 32,
+        "feed_forward_length": 14336, "attention.head_count": 32, "attention.head_count_kv": 8,
+        "attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_count": 128,
+        "rope.freq_base": 500000.0}),
+    "Mistral-7B-v0.1": ("llama", {
+        "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "sliding_window": 4096,
+    }, {"attention.sliding_window": 4096, "rope.freq_base": 10000.0}),
+    "Mixtral-8x7B": ("llama", {
+        "architectures": ["MixtralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096,
+        "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0, "sliding_window": None, "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    }, {"expert_count": 8, "expert_used_count": 2, "feed_forward_length": 14336}),
+    "Qwen2.5-7B": ("qwen2", {
+        "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 3584,
+        "intermediate_size": 18944, "max_position_embeddings": 131072, "max_window_layers": 28,
+        "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "sliding_window": 131072,
+        "use_sliding_window": False,
+        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+    }, {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 32768, "rope.dimension_count": 128}),
+    "Qwen3-30B-A3B": ("qwen3moe", {
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 6144, "max_position_embeddings": 40960, "num_attention_heads": 32,
+        "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "head_dim": 128,
+        "rope_theta": 1000000.0, "moe_intermediate_size": 768, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }, {"expert_count": 128, "expert_used_count": 8, "expert_feed_forward_length": 768,
+        "attention.key_length": 128, "attention.value_length": 128, "expert_weights_norm": True}),
+    "gemma-2b": ("gemma", {
+        "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu", "hidden_size": 2048,
+        "intermediate_size": 16384, "max_position_embeddings": 8192, "num_attention_heads": 8,
+        "num_hidden_layers": 18, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "head_dim": 256,
+        "rope_theta": 10000.0,
+    }, {"attention.head_count_kv": 1, "attention.key_length": 256}),
+    "gemma-2-27b": ("gemma2", {
+        "architectures": ["Gemma2ForCausalLM"], "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 4608, "intermediate_size": 36864,
+        "max_position_embeddings": 8192, "num_attention_heads": 32, "num_hidden_layers": 46,
+        "num_key_value_heads": 16, "rms_norm_eps": 1e-6, "head_dim": 128, "rope_theta": 10000.0,
+        "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        "query_pre_attn_scalar": 144,
+    }, {"attention.scale": 144**-0.5, "attention.sliding_window": 4096,
+        "attention.sliding_window_pattern": 2, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0}),
+    # What its class has by default is left out, as in the file.
+    "gemma-3-4b-it": ("gemma3", {
+        "architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106],
+        "text_config": {"hidden_size": 2560, "intermediate_size": 10240,
+                        "model_type": "gemma3_text", "num_hidden_layers": 34,
+                        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                        "sliding_window": 1024},
+        "vision_config": {"hidden_size": 1152},
+    }, {"embedding_length": 2560, "attention.head_count": 8, "attention.head_count_kv": 4,
+        "attention.key_length": 256, "attention.scale": 1 / 16, "context_length": 131072,
+        "attention.sliding_window": 1024, "attention.sliding_window_pattern": 6,
+        "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "rope.scaling.type": "linear",
+        "rope.scaling.factor": 8.0}),
+    "SmolLM3-3B": ("smollm3", {
+        "architectures": ["SmolLM3ForCausalLM"], "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 11008, "max_position_embeddings": 65536, "num_attention_heads": 16,
+        "num_hidden_layers": 36, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+        "rope_theta": 5000000.0, "no_rope_layer_interval": 4, "use_sliding_window": False,
+        "no_rope_layers": [1, 1, 1, 0] * 9, "layer_types": ["full_attention"] * 36,
+    }, {"rope.freq_base": 5e6, "rope.dimension_count": 128}),
+    "granite-3.1-2b": ("granite", {
+        "architectures": ["GraniteForCausalLM"], "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 8192, "max_position_embeddings": 131072, "num_attention_heads": 32,
+        "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 5000000.0, "attention_multiplier": 0.015625, "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22, "logits_scaling": 8.0,
+    }, {"attention.scale": 0.015625, "embedding_scale": 12.0, "residual_scale": 0.22,
+        "logit_scale": 8.0}),
+    "starcoder2-3b": ("starcoder2", {
+        "architectures": ["Starcoder2ForCausalLM"], "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": 3072, "intermediate_size": 12288, "max_position_embeddings": 16384,
+        "norm_epsilon": 1e-5, "num_attention_heads": 24, "num_hidden_layers": 30,
+        "num_key_value_heads": 2, "rope_theta": 999999.4420358813, "sliding_window": 4096,
+    }, {"attention.layer_norm_epsilon": 1e-5, "attention.sliding_window": 4096}),
+    "stablelm-2-1_6b": ("stablelm", {
+        "architectures": ["StableLmForCausalLM"], "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 5632, "layer_norm_eps": 1e-5, "max_position_embeddings": 4096,
+        "num_attention_heads": 32, "num_hidden_layers": 24, "num_key_value_heads": 32,
+        "partial_rotary_factor": 0.25, "rope_theta": 10000, "use_parallel_residual": False,
+    }, {"rope.dimension_count": 16, "use_parallel_residual": False}),
+    "Phi-3-mini-128k": ("phi3", {
+        "architectures": ["Phi3ForCausalLM"], "hidden_act": "silu", "hidden_size": 3072,
+        "intermediate_size": 8192, "max_position_embeddings": 131072, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+        "original_max_position_embeddings": 4096, "rope_theta": 10000.0, "sliding_window": 262144,
+        "rope_scaling": {"long_factor": [2.0] * 48, "short_factor": [1.0] * 48, "type": "su"},
+    }, {"rope.scaling.original_context_length": 4096, "attention.sliding_window": 262144,
+        "rope.scaling.attn_factor": (1 + np.log(32) / np.log(4096)) ** 0.5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations(tmp_path: Path, name: str) -> None:
+    arch, values, expected = PUBLISHED[name]
+    write_json(tmp_path / "config.json", values)
+    config = Config(str(tmp_path))
+    keys = config_keys(config, config.row, Rope(config))
+    assert config.row.name == arch
+    assert {key: keys.get(key) for key in expected} == pytest.approx(expected)
+    windowed = {k for k in keys if "sliding" in k}
+    assert windowed == {k for k in expected if "sliding" in k}
+    # The same model in the newer spelling of RoPE's parameters.
+    if name in ("Llama-3.1-8B", "Qwen2.5-7B"):
+        scaling = values.pop("rope_scaling")
+        kind = scaling.pop("type", None) or scaling.pop("rope_type")
+        new = {"rope_parameters": scaling | {"rope_theta": values.pop("rope_theta"),
+                                             "rope_type": kind}}  # fmt: skip
+        write_json(tmp_path / "config.json", values | new)
+        config = Config(str(tmp_path))
+        assert config_keys(config, config.row, Rope(config)) == keys
+    if name == "Llama-3.1-8B":  # "Llama 3.1" of the model card's reference code, wave by wave
+        for i, divisor in enumerate(Rope(config).tensors()["rope_freqs.weight"]):
+            wave = 2 * math.pi * 500000.0 ** (2 * i / 128)
+            if wave < 8192 / 4:
+                expected_divisor = 1.0
+            elif wave > 8192:
+                expected_divisor = 8.0
+            else:
+                smooth = (8192 / wave - 1) / 3
+                expected_divisor = 1 / ((1 - smooth) / 8 + smooth)
+            assert divisor == pytest.approx(expected_divisor)
+
+
+def test_windows_layer_by_layer(tmp_path: Path) -> None:
+    types = ["full_attention", "sliding_attention"] * 2
+    base = CONFIG | {"num_hidden_layers": 4, "sliding_window": 8, "layer_types": types}
+    for change, expected in (
+        ({"architectures": ["MinistralForCausalLM"]}, [False, True, False, True]),
+        ({"architectures": ["MistralForCausalLM"], "layer_types": None}, None),
+        ({"architectures": ["Gemma2ForCausalLM"], "hidden_act": "gelu",
+          "layer_types": types[::-1]}, 2),
+        ({"architectures": ["Olmo3ForCausalLM"], "layer_types": None}, 4),
+    ):  # fmt: skip
+        write_json(tmp_path / "config.json", base | change)
+        config = Config(str(tmp_path))
+        keys = config_keys(config, config.row, Rope(config))
+        assert keys["attention.sliding_window"] == 8
+        assert keys.get("attention.sliding_window_pattern") == expected
+    write_json(tmp_path / "config.json", base | {
+        "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True})  # fmt: skip
+    config = Config(str(tmp_path))
+    with pytest.raises(amber.UnsupportedModelError, match="qwen2 with sliding windows"):
+        config_keys(config, config.row, Rope(config))
+
+
+def moe_layer(style: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Three experts of width 48, one by one or all in one tensor."""
+    gate, up = (rng.standard_normal((3, 48, 32)).astype(np.float32) for _ in range(2))
+    down = rng.standard_normal((3, 32, 48)).astype(np.float32)
+    names = ("w1", "w3", "w2") if style == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    if style == "granite":
+        stacked = {"block_sparse_moe.input_linear.weight": np.concatenate([gate, up], axis=1),
+                   "block_sparse_moe.output_linear.weight": down}  # fmt: skip
+    elif style == "together":
+        stacked = {"mlp.experts.gate_up_proj": np.concatenate([gate, up], axis=1),
+                   "mlp.experts.down_proj": down}  # fmt: skip
+    else:
+        module = "block_sparse_moe" if style == "mixtral" else "mlp"
+        stacked = {f"{module}.experts.{e}.{name}.weight": values[e]
+                   for name, values in zip(names, (gate, up, down), strict=True)
+                   for e in (2, 0, 1)}  # fmt: skip
+    router = {"mixtral": "block_sparse_moe.gate", "granite": "block_sparse_moe.router.layer"}
+    stacked[f"{router.get(style, 'mlp.gate')}.weight"] = gate[:, 0].copy()
+    return {f"model.layers.0.{name}": values for name, values in stacked.items()}
+
+
+@pytest.mark.parametrize(
+    ("style", "model"),
+    [("mixtral", "Mixtral"), ("one by one", "Qwen3Moe"), ("together", "Qwen3Moe"),
+     ("granite", "GraniteMoe")],
+)  # fmt: skip
+def test_experts(tmp_path: Path, style: str, model: str) -> None:
+    change = {"architectures": [f"{model}ForCausalLM"], "num_local_experts": 3,
+              "num_experts_per_tok": 2}  # fmt: skip
+    folder = tiny(tmp_path / "model", change, gate_proj=None, up_proj=None, down_proj=None)
+    layer = moe_layer(style, np.random.default_rng(3))
+    write_safetensors(folder / "experts.safetensors", layer)
+    out = tmp_path / "out.gguf"
+    write_gguf(folder, out, "f32", synthetic_vocab=True)
+    keys, tensors = contents(out)
+    assert keys[f"{keys['general.architecture']}.expert_count"] == 3
+    rng = np.random.default_rng(3)
+    for name in ("gate", "up", "down"):
+        values = rng.standard_normal((3, 32, 48) if name == "down" else (3, 48, 32))
+        assert np.array_equal(tensors[f"blk.0.ffn_{name}_exps.weight"], values.astype(np.float32))
+    assert np.array_equal(
+        tensors["blk.0.ffn_gate_inp.weight"], tensors["blk.0.ffn_gate_exps.weight"][:, 0]
+    )
+    if style == "one by one":
+        del layer["model.layers.0.mlp.experts.1.up_proj.weight"]
+        write_safetensors(folder / "experts.safetensors", layer)
+        with pytest.raises(amber.FileFormatError, match="each expert once"):
+            write_gguf(folder, out, "f32", synthetic_vocab=True)
+
+
+def test_norms_of_gemma_hold_one_more(tmp_path: Path) -> None:
+    change = {"architectures": ["GemmaForCausalLM"], "hidden_act": "gelu"}
+    norm = np.random.default_rng(1).standard_normal(32).astype(np.float32)
+    folder = tiny(tmp_path / "model", change, norm=bfloat16(norm))
+    write_gguf(folder, tmp_path / "out.gguf", "f16", synthetic_vocab=True)
+    _, tensors = contents(tmp_path / "out.gguf")
+    assert "output.weight" not in tensors  # tied, which its class has by default
+    cut = (norm.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    assert np.array_equal(tensors["output_norm.weight"], cut + np.float32(1))
+
+
 # ---- what cannot be converted ----
 
 
@@ -295,6 +524,8 @@ def test_synthetic_vocabulary(tmp_path: Path) -> None:
         ({"rms_norm_eps": None}, amber.FileFormatError, "rms_norm_eps"),
         ({"rms_norm_eps": 1e300}, amber.FileFormatError, "rms_norm_eps"),
         ({"rope_theta": 1e300}, amber.FileFormatError, "rope_theta"),
+        ({"quantization_config": {"quant_method": "fp8"}}, amber.UnsupportedModelError,
+         "quantization_config"),
         ({"hidden_act": "relu"}, amber.UnsupportedModelError, "relu"),
         ({"rope_scaling": {"type": "ntk-by-parts"}}, amber.UnsupportedModelError, "ntk-by-parts"),
         ({"rope_scaling": 7}, amber.FileFormatError, "rope_scaling: expected an object"),

@@ -35,6 +35,7 @@ SILU = frozenset({"silu", "swish"})
 # The tanh form of GELU; "gelu" in the first Gemma's files means that one too.
 GELU = frozenset({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
 GEMMA = GELU | {"gelu"}
+TIED = {"tie_word_embeddings": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,9 @@ class Architecture:
     permuted: bool = False
     norm_plus_one: bool = False  # a norm's weight w stands for 1 + w
     layer_norm: bool = False  # LayerNorm in place of RMSNorm
-    full_every: int = 0  # every nth layer sees everything, where layers differ in their windows
+    # With a sliding window in config.json: 1 where all layers have it, n where every nth layer sees
+    # everything; 0 where readers know of no window.
+    window_period: int = 0
     rope_every: int = 0  # every nth layer has no RoPE
     experts: bool = False
     # What "hidden_act" may be: another activation is another model.
@@ -60,25 +63,41 @@ class Architecture:
 ARCHITECTURES = (
     Architecture(
         "llama",
-        ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "LLaMAForCausalLM"),
+        (
+            "LlamaForCausalLM",
+            "LLaMAForCausalLM",
+            "MistralForCausalLM",
+            "MinistralForCausalLM",
+            "MixtralForCausalLM",
+            "Mistral3ForConditionalGeneration",
+        ),
         permuted=True,
         experts=True,
+        window_period=1,
     ),
     Architecture("qwen2", ("Qwen2ForCausalLM",)),
     Architecture("qwen2moe", ("Qwen2MoeForCausalLM",), experts=True),
     Architecture("qwen3", ("Qwen3ForCausalLM",)),
     Architecture("qwen3moe", ("Qwen3MoeForCausalLM",), experts=True),
-    Architecture("gemma", ("GemmaForCausalLM",), norm_plus_one=True, activations=GEMMA),
     Architecture(
-        "gemma2", ("Gemma2ForCausalLM",), norm_plus_one=True, full_every=2, activations=GEMMA
+        "gemma", ("GemmaForCausalLM",), norm_plus_one=True, activations=GEMMA, defaults=TIED
+    ),
+    Architecture(
+        "gemma2",
+        ("Gemma2ForCausalLM",),
+        norm_plus_one=True,
+        window_period=2,
+        activations=GEMMA,
+        defaults=TIED,
     ),
     Architecture(
         "gemma3",
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
         norm_plus_one=True,
-        full_every=6,
+        window_period=6,
         activations=GEMMA,
         defaults={
+            **TIED,
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
             "head_dim": 256,
@@ -88,15 +107,32 @@ ARCHITECTURES = (
             "sliding_window": 4096,
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
-            "tie_word_embeddings": True,
         },
     ),
-    Architecture("phi3", ("Phi3ForCausalLM",)),
+    Architecture("phi3", ("Phi3ForCausalLM",), window_period=1),
     Architecture("smollm3", ("SmolLM3ForCausalLM",), permuted=True, rope_every=4),
-    Architecture("olmo2", ("Olmo2ForCausalLM",)),
+    Architecture("olmo2", ("Olmo2ForCausalLM", "Olmo3ForCausalLM"), window_period=4),
+    Architecture("olmoe", ("OlmoeForCausalLM",), experts=True),
     Architecture("granite", ("GraniteForCausalLM",), permuted=True),
-    Architecture("starcoder2", ("Starcoder2ForCausalLM",), layer_norm=True, activations=GELU),
+    Architecture("granitemoe", ("GraniteMoeForCausalLM",), permuted=True, experts=True),
+    Architecture(
+        "starcoder2",
+        ("Starcoder2ForCausalLM",),
+        layer_norm=True,
+        window_period=1,
+        activations=GELU,
+        defaults=TIED,
+    ),
     Architecture("stablelm", ("StableLmForCausalLM",), layer_norm=True),
+    Architecture("phi2", ("PhiForCausalLM",), layer_norm=True, activations=GELU),
+    # These pair channels (2i, 2i + 1) in Hugging Face too.
+    Architecture("command-r", ("CohereForCausalLM",), layer_norm=True, defaults=TIED),
+    Architecture(
+        "cohere2", ("Cohere2ForCausalLM",), layer_norm=True, window_period=4, defaults=TIED
+    ),
+    Architecture("glm4", ("Glm4ForCausalLM",)),
+    Architecture("ernie4_5", ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM")),
+    Architecture("seed_oss", ("SeedOssForCausalLM",)),
 )
 
 # GGUF key -> names in config.json, the first that is there counts.
@@ -122,7 +158,7 @@ FLOATS = {
     "attention.scale": ("attention_multiplier",),
     "embedding_scale": ("embedding_multiplier",),
     "residual_scale": ("residual_multiplier",),
-    "logit_scale": ("logits_scaling",),
+    "logit_scale": ("logits_scaling", "logit_scale"),
 }
 BOOLEANS = {
     "expert_weights_norm": ("norm_topk_prob",),
@@ -143,6 +179,15 @@ SHAPES = {
     "ffn_down.weight": ("embedding_length", "feed_forward_length"),
 }
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
+# All experts in one tensor, with the gate above the up projection: the names that each half would
+# have for one expert.
+EXPERTS = {
+    "experts.gate_up_proj": ("experts.gate_proj", "experts.up_proj"),
+    "experts.down_proj": ("experts.down_proj",),
+    "input_linear.weight": ("experts.w1", "experts.w3"),
+    "output_linear.weight": ("experts.w2",),
+}
+STACKED = re.compile(r"(.*)\.(" + "|".join(map(re.escape, EXPERTS)) + ")")
 HEAD_NORM = re.compile(r"(.*\.[qk]_layernorm)\.norms\.(\d+)\.weight")
 LAYER, BLOCK = re.compile(r"\.layers\.(\d+)\."), re.compile(r"blk\.(\d+)\.")
 # What files carry beside weights: buffers of older versions.
@@ -217,34 +262,38 @@ class Config:
 def layer_types(config: Config, row: Architecture) -> list[bool]:
     """Which layers see only a window."""
     n, window = config.required("num_hidden_layers"), config.integer("sliding_window")
-    if not window or config.get("use_sliding_window") is False:
+    unknown = not row.window_period and not config.get("use_sliding_window")
+    if not window or unknown or config.get("use_sliding_window") is False:
         return [False] * n
     types = config.get("layer_types")
     if isinstance(types, list):
         if len(types) != n:
             raise FileFormatError(f"{CONFIG}: layer_types: expected {n}, found {len(types)}")
+        if odd := set(map(str, types)) - {"sliding_attention", "full_attention"}:
+            raise UnsupportedModelError(f"{CONFIG}: layer_types: {min(odd)}")
         return [t == "sliding_attention" for t in types]
     if config.get("use_sliding_window"):
         full = config.integer("max_window_layers") or 0
         return [il >= full for il in range(n)]
-    every = config.integer("sliding_window_pattern", "_sliding_window_pattern") or row.full_every
-    return [not every or (il + 1) % every != 0 for il in range(n)]
+    period = config.integer("sliding_window_pattern", "_sliding_window_pattern")
+    return by_period(period or row.window_period, n)
+
+
+def by_period(period: int, n_layer: int) -> list[bool]:
+    return [period == 1 or (il + 1) % period != 0 for il in range(n_layer)]
 
 
 def window_keys(config: Config, row: Architecture) -> dict[str, Any]:
     windowed = layer_types(config, row)
     if not any(windowed):
         return {}
-    every = row.full_every
-    if windowed != [not every or (il + 1) % every != 0 for il in range(len(windowed))]:
-        full = f"every layer but each {every}th" if every else "all layers"
-        raise UnsupportedModelError(
-            f"{CONFIG}: windows in layers {[i for i, w in enumerate(windowed) if w]}; supported "
-            f"for {row.name}: none or {full}"
-        )
+    if not row.window_period:
+        raise UnsupportedModelError(f"{CONFIG}: {row.name} with sliding windows")
     keys: dict[str, Any] = {"attention.sliding_window": config.required("sliding_window")}
-    if every:
-        keys["attention.sliding_window_pattern"] = every
+    if windowed != by_period(row.window_period, len(windowed)):
+        keys["attention.sliding_window_pattern"] = windowed
+    elif row.window_period > 1:
+        keys["attention.sliding_window_pattern"] = row.window_period
     return keys
 
 
@@ -470,6 +519,25 @@ def interleaved(rows: "np.ndarray", heads: int, n_rot: int) -> "np.ndarray":
     return rows.reshape(heads, size, *rows.shape[1:])[:, order].reshape(rows.shape)
 
 
+def members(name: str, tensor: Stored) -> Iterator[tuple[str, int, Stored]]:
+    """What a stored tensor holds: names as if each tensor were one of its layer's, and the place
+    among experts or heads, which GGUF stacks."""
+    if found := EXPERT.fullmatch(name):
+        yield f"{found[1]}.{found[3]}.weight", int(found[2]), tensor
+    elif found := HEAD_NORM.fullmatch(name):
+        yield f"{found[1]}.weight", int(found[2]), tensor
+    elif found := STACKED.fullmatch(name):
+        parts = EXPERTS[found[2]]
+        if len(tensor.shape) != 3 or tensor.shape[1] % len(parts):
+            raise FileFormatError(
+                f"{tensor.name}: expected a matrix for each expert, found {list(tensor.shape)}"
+            )
+        for i, part in enumerate(parts):
+            yield f"{found[1]}.{part}.weight", 0, tensor.slab(i, len(parts))
+    else:
+        yield name, 0, tensor
+
+
 class Folder:
     """A model in a Hugging Face folder. Errors: FileFormatError, UnsupportedModelError."""
 
@@ -477,6 +545,11 @@ class Folder:
         self.path, self.config = path, Config(path)
         self.row, self.rope = self.config.row, Rope(self.config)
         self.gguf = gguf_module()
+        if self.config.get("quantization_config"):
+            raise UnsupportedModelError(
+                f"{CONFIG}: quantization_config: expected a checkpoint in float32, float16 or "
+                "bfloat16 (fetch the original, or unpack this one first)"
+            )
         self.tensors = self._tensors()
         embedding = next((t for t in self.tensors if t.name == "token_embd.weight"), None)
         if embedding is None or len(embedding.shape) != 2:
@@ -513,31 +586,27 @@ class Folder:
                 if "model.embed_tokens.weight" in stored:
                     continue
                 name = "model.embed_tokens.weight"  # of the two, one is saved
-            member = 0
-            if found := EXPERT.fullmatch(name):
-                name, member = f"{found[1]}.{found[3]}.weight", int(found[2])
-            elif found := HEAD_NORM.fullmatch(name):
-                name, member = f"{found[1]}.weight", int(found[2])
-            target = names.get_name(name, (".weight", ".bias"))
-            layer = LAYER.search(name)
-            if target is None or (layer and int(layer[1]) >= self.n_layer):
-                raise UnsupportedModelError(
-                    f"{os.path.basename(tensor.file)}: {tensor.name}: not a tensor of "
-                    f"{self.row.name} with {self.n_layer} layers"
-                )
-            groups.setdefault(target, []).append((member, tensor))
+            for plain, member, part in members(name, tensor):
+                target = names.get_name(plain, (".weight", ".bias"))
+                layer = LAYER.search(plain)
+                if target is None or (layer and int(layer[1]) >= self.n_layer):
+                    raise UnsupportedModelError(
+                        f"{os.path.basename(tensor.file)}: {tensor.name}: not a tensor of "
+                        f"{self.row.name} with {self.n_layer} layers"
+                    )
+                groups.setdefault(target, []).append((member, part))
         self._check_layers(groups)
         sizes = self._sizes()
         made: list[Tensor] = []
         for name, values in self.rope.tensors().items():  # first: a check of the header reads them
             data = values.astype(np.float32)
             made.append(Tensor(name, "F32", data.shape, [lambda data=data: data]))
-        for target, members in groups.items():
-            tensor = self._group(target, members)
+        for target, group in groups.items():
+            tensor = self._group(target, group)
             expected = SHAPES.get(BLOCK.sub("", tensor.name))
             if expected and tensor.shape != tuple(sizes[name] for name in expected):
                 raise FileFormatError(
-                    f"{members[0][1].name}: expected {' x '.join(expected)} = "
+                    f"{group[0][1].name}: expected {' x '.join(expected)} = "
                     f"{[sizes[name] for name in expected]} by {CONFIG}, found {list(tensor.shape)}"
                 )
             made.append(self._transformed(tensor))

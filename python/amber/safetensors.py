@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import FileFormatError, UnsupportedModelError
@@ -34,6 +34,12 @@ class Stored:
     kind: str  # "F32", "BF16", ...
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
+    part: tuple[int, int] = (0, 1)  # which of how many equal parts of axis 1
+
+    def slab(self, i: int, n: int) -> "Stored":
+        """The i-th of n equal parts of axis 1."""
+        shape = (self.shape[0], self.shape[1] // n, *self.shape[2:])
+        return replace(self, shape=shape, part=(i, n))
 
     def bits(self) -> "np.ndarray":
         """Its values, mapped: float32, float16, float64, or for BF16 uint16."""
@@ -46,7 +52,13 @@ class Stored:
             )
         if 0 in self.shape:
             return np.zeros(self.shape, BITS[self.kind])
-        return np.memmap(self.file, BITS[self.kind], "r", self.offset, self.shape)
+        i, n = self.part
+        if n == 1:
+            return np.memmap(self.file, BITS[self.kind], "r", self.offset, self.shape)
+        rows = self.shape[1]
+        whole = (self.shape[0], n * rows, *self.shape[2:])
+        mapped = np.memmap(self.file, BITS[self.kind], "r", self.offset, whole)
+        return mapped[:, i * rows : (i + 1) * rows]
 
 
 def read_json(path: str) -> dict[str, Any]:
