@@ -75,6 +75,26 @@ typedef int (*amber_progress_fn)(void *user, int32_t phase, int64_t done, int64_
 /* level: 0 error, 1 warning, 2 information, 3 detail. */
 typedef void (*amber_log_fn)(void *user, int32_t level, const char *text);
 
+/* Linear layers of a transformer block, by what they are to it. */
+typedef enum amber_projection {
+    AMBER_PROJECTION_Q = 0,
+    AMBER_PROJECTION_K = 1,
+    AMBER_PROJECTION_V = 2,
+    AMBER_PROJECTION_O = 3,
+    AMBER_PROJECTION_GATE = 4,
+    AMBER_PROJECTION_UP = 5,
+    AMBER_PROJECTION_DOWN = 6
+} amber_projection;
+
+/* What linear layers read in prefill, before it is pruned and quantized: x [rows, n_in] float32,
+ * valid during the call, of the tokens at positions pos .. pos + rows - 1. projection is the first
+ * of those that share the input: Q stands for K and V too, GATE for UP; experts share one input.
+ * Called on the thread that computes, once per batch for each of the four inputs of a layer. The
+ * last layer computes O, GATE and DOWN only for rows whose logits are wanted: all of them come with
+ * amber_session_score from position 0. The engine must not be used from inside. */
+typedef void (*amber_tap_fn)(void *user, int32_t layer, int32_t projection, int32_t pos,
+                             int32_t rows, int32_t n_in, const float *x);
+
 typedef enum amber_precision {
     AMBER_PRECISION_INT8 = 0, /* INT8 weights per output channel, INT8 activations per token */
     AMBER_PRECISION_FLOAT = 1 /* float32 throughout: the reference, slow and large */
@@ -131,6 +151,8 @@ typedef struct amber_session_options {
     int32_t n_batch;            /* most rows of one prefill batch, even; 0: 512 */
     amber_progress_fn progress; /* called inside prefill, between layers */
     void *progress_user;
+    amber_tap_fn tap; /* called inside prefill; NULL: costs nothing */
+    void *tap_user;
 } amber_session_options;
 
 typedef struct amber_session_stats {

@@ -50,6 +50,7 @@ amber_status forward(struct batch *b, const int32_t *tokens, int rows, int pos0,
     if (pair > first_out) pair = 0;
     for (int il = 0; il < b->model->shape.n_layer; il++) {
         if (b->tick && b->tick(b->tick_user, il)) return AMBER_ERR_CANCELLED;
+        b->layer = il;
         layer(b, il, first_out - pair);
     }
     op_keep_rows(b, pair);

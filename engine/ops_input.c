@@ -232,6 +232,7 @@ static void input_work(void *ctx, int ith, int nth) {
         int r0 = amber_max(first - odd, 0), r1 = amber_min(first - odd + 2, b->rows),
             rows = r1 - r0;
         for (int r = r0; r < r1; r++) job->make(b, job->source, r, x + (int64_t)(r - r0) * n);
+        if (b->tap) memcpy(b->tap_rows + (int64_t)r0 * n, x, sizeof *x * (size_t)n * (size_t)rows);
         bool protected = r0 < first_pruned(b);
         for (int i = 0; i < b->n_inputs; i++) {
             const struct activation *in = &b->in[i];
@@ -272,35 +273,49 @@ static void make_activation(const struct batch *b, const void *source, int r, fl
                 : b->kernels->silu_mul)(row, gate, arch->no_gate ? NULL : b->up + at, b->n_in);
 }
 
+/* Shows the rows just made to who wants to see them: `first` is the first layer that reads them. A
+ * shared expert reads what the experts do. */
+static void show_input(const struct batch *b, const struct linear *first) {
+    const struct layer *l = &b->model->layers[b->layer];
+    const bool mixture = l->experts.router;
+    int projection = -1;
+    if (first == &l->q) projection = PROJ_Q;
+    if (first == &l->o) projection = PROJ_O;
+    if (mixture ? first == l->experts.gate : first == &l->gate || first == &l->up)
+        projection = PROJ_GATE;
+    if (first == &l->down && !mixture) projection = PROJ_DOWN;
+    if (projection >= 0)
+        b->tap(b->tap_user, b->layer, projection, b->pos0, b->rows, b->n_in, b->tap_rows);
+}
+
+static void make_inputs(struct batch *b, const struct linear *const w[], int n, bool lists,
+                        const struct input_job *job) {
+    choose_inputs(b, w, n, lists);
+    run_rows(b, input_work, (void *)job);
+    if (b->tap && b->sparse) show_input(b, w[0]);
+}
+
 void op_norm(struct batch *b, const struct norm *norm, const struct linear *const w[], int n) {
     const struct linear *present[MAX_INPUTS] = {NULL};
     int count = 0;
     for (int i = 0; i < n; i++)
         if (w[i]->n_out) present[count++] = w[i];
-    choose_inputs(b, present, count, true);
     if (norm->weight)
-        run_rows(b, input_work, &(struct input_job){b, make_norm, norm});
+        make_inputs(b, present, count, true, &(struct input_job){b, make_norm, norm});
     else
-        run_rows(b, input_work, &(struct input_job){b, make_copy, b->x});
-}
-
-static void prepare(struct batch *b, const float *src, const struct linear *const w[], int n,
-                    bool lists) {
-    choose_inputs(b, w, n, lists);
-    run_rows(b, input_work, &(struct input_job){b, make_copy, src});
+        make_inputs(b, present, count, true, &(struct input_job){b, make_copy, b->x});
 }
 
 void op_prepare(struct batch *b, const float *src, const struct linear *const w[], int n) {
-    prepare(b, src, w, n, true);
+    make_inputs(b, w, n, true, &(struct input_job){b, make_copy, src});
 }
 
 void prepare_unlisted(struct batch *b, const float *src, const struct linear *const w[], int n) {
-    prepare(b, src, w, n, false);
+    make_inputs(b, w, n, false, &(struct input_job){b, make_copy, src});
 }
 
 void op_activate(struct batch *b, const struct linear *w) {
-    choose_inputs(b, &w, 1, true);
-    run_rows(b, input_work, &(struct input_job){b, make_activation, NULL});
+    make_inputs(b, &w, 1, true, &(struct input_job){b, make_activation, NULL});
 }
 
 void choose_expert_input(struct batch *b, const struct linear *w, struct activation *in, int rows) {

@@ -17,7 +17,16 @@
 #include "common.h"
 #include "sparse.h"
 
-enum projection_id { PROJ_Q, PROJ_K, PROJ_V, PROJ_O, PROJ_GATE, PROJ_UP, PROJ_DOWN, N_PROJ };
+enum projection_id { /* as amber_projection */
+                     PROJ_Q,
+                     PROJ_K,
+                     PROJ_V,
+                     PROJ_O,
+                     PROJ_GATE,
+                     PROJ_UP,
+                     PROJ_DOWN,
+                     N_PROJ
+};
 
 /* What ranks the channels of a token beside |x|: a factor per input channel (methods: Amber
  * Pruner's Robust-Norm scoring; Wanda's weight norm turned around). */

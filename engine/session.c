@@ -86,7 +86,8 @@ static bool each_buffer(const struct shape *s, bool floats, const struct plan *p
            each(user, (void **)&b->sin[1], s->rope_local ? angles : 0, false) &&
            each(user, (void **)&b->row_scratch, b->row_scratch_bytes * threads, false) &&
            each(user, (void **)&b->attn_scratch, (int64_t)kernels->attention_scratch * threads,
-                false);
+                false) &&
+           (!b->tap || each(user, (void **)&b->tap_rows, f32 * rows * wide, false));
 }
 
 static bool count_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
@@ -96,7 +97,7 @@ static bool count_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     return true;
 }
 
-#define MAX_BUFFERS (23 + 5 * (MAX_INPUTS + 2))
+#define MAX_BUFFERS (24 + 5 * (MAX_INPUTS + 2))
 
 static bool make_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     struct amber_session *session = user;
@@ -177,6 +178,8 @@ amber_status amber_session_new(amber_engine *engine, const amber_session_options
     b->kernels = &engine->kernels;
     b->pool = engine->pool;
     b->tick_user = session;
+    b->tap = o.tap;
+    b->tap_user = o.tap_user;
 
     amber_status status = set_sizes(&model->shape, o.n_ctx, o.n_batch, b, err);
     if (status != AMBER_OK) {

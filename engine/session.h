@@ -72,6 +72,12 @@ struct batch {
     int window_ctx;
     bool kv_f32;
 
+    int layer; /* the one under way */
+    /* Sees the inputs of the layers' linears in prefill; NULL: nobody does. */
+    amber_tap_fn tap;
+    void *tap_user;
+    float *tap_rows; /* [rows, n_in] of the input under way */
+
     /* Called between layers; non-zero cancels. */
     int (*tick)(void *user, int layer);
     void *tick_user;

@@ -140,13 +140,20 @@ class NumpyLlama:
         weight /= weight.sum(axis=-1, keepdims=True)
         return np.einsum("hij,jhd->ihd", weight, v).reshape(t, -1)
 
-    def logits(self, tokens: list[int], rules: dict[tuple[int, str], Rule]) -> np.ndarray:
-        """[T, vocabulary]; rules by (layer, projection)."""
+    def logits(
+        self,
+        tokens: list[int],
+        rules: dict[tuple[int, str], Rule],
+        inputs: dict[tuple[int, str], np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """[T, vocabulary]; rules by (layer, projection). inputs: filled with what each reads."""
         x = self.t["token_embd.weight"][tokens]
         for il in range(self.layers):
 
             def linear(name: str, z: np.ndarray, il: int = il) -> np.ndarray:
                 w = self.t[f"blk.{il}.{PROJECTIONS[name]}.weight"]
+                if inputs is not None:
+                    inputs[il, name] = z
                 return sparse_linear(z, w, rules.get((il, name)), self.int8)
 
             z = self.norm(x, f"blk.{il}.attn_norm.weight")

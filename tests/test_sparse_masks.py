@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import amber
+
 ELEMENTS = ["1:2", "2:4", "1:4", "3:4", "4:8", "6:8", "8:16", "12:16", "16:32", "8:16x"]
 UNUSUAL = ["3:5", "7:12", "32:64", "1:1", "top50%", "top30%", "2:4+r16", "2:4+r32", "dense"]
 BLOCKS = ["8:16x4", "12:16x4", "4:16x4", "2:4x4", "3:7x4"]
@@ -157,6 +159,27 @@ def test_masks(test_bin: Path, columns: list[str], pattern: str) -> None:
                     own = slice(4 * i, 4 * i + 4)
                     what = f"{pattern} {column} n={n} {name} f={f is not None}"
                     assert_same_bits(pruned[own], expected[own], what)
+
+
+@pytest.fixture(scope="module")
+def activations(demo_model: Path) -> dict[str, np.ndarray]:
+    """What the projections of the demo model's fourth layer read for a text."""
+    with amber.Engine(demo_model, sparse="off") as engine:
+        text = "The king had a daughter who was so proud that nobody could please her. "
+        every = engine.activations(text * 2)
+    return {name: rows for (layer, name), rows in every.items() if layer == 3}
+
+
+@pytest.mark.parametrize("pattern", ELEMENTS + ["top50%", "2:4+r16", "2:4+r32"] + BLOCKS + PAIRS)
+def test_masks_of_real_activations(
+    test_bin: Path, columns: list[str], pattern: str, activations: dict[str, np.ndarray]
+) -> None:
+    for name, rows in activations.items():
+        for f in (None, 1 + np.abs(rows).mean(axis=0) / np.abs(rows).mean()):
+            expected = oracle(pattern, rows, f)
+            for column in columns:
+                what = f"{pattern} {column} {name} f={f is not None}"
+                assert_same_bits(prune(test_bin, pattern, column, rows, f), expected, what)
 
 
 def test_lone_row_is_its_own_mask(test_bin: Path, columns: list[str]) -> None:

@@ -94,6 +94,45 @@ def test_int8_logits_equal_numpy(
     assert np.median(rows) < 1e-5
 
 
+def test_inputs_of_projections(model: Path, oracle: NumpyLlama, tokens: list[int]) -> None:
+    """What the linear layers read, whole and in batches, equals numpy's; q stands for k and v, gate
+    for up. Nothing is seen of a decode step."""
+    expected: dict[tuple[int, str], np.ndarray] = {}
+    oracle.logits(tokens, {}, expected)
+    with amber.Engine(model, precision="float", sparse="off") as engine:
+        ours = engine.activations(tokens)
+        assert set(ours) == {
+            (il, p) for il in range(oracle.layers) for p in ("q", "o", "gate", "down")
+        }
+        for cell, rows in ours.items():
+            assert rows.dtype == np.float32
+            assert relative(rows, expected[cell]) < 1e-5, cell
+        seen = []
+
+        def tap(layer: int, projection: str, position: int, rows: np.ndarray) -> None:
+            if (layer, projection) == (1, "q"):
+                seen.append((position, rows))
+
+        with engine.session(n_batch=64, tap=tap) as session:
+            session.sync(tokens)
+            session.append(tokens[0])
+        assert len(seen) == 3
+        assert seen[1][0] == len(seen[0][1])
+        assert np.array_equal(np.concatenate([rows for _, rows in seen]), ours[1, "q"])
+
+
+def test_broken_tap(demo_model: Path) -> None:
+    def tap(*_: object) -> None:
+        raise KeyError("mine")
+
+    with (
+        amber.Engine(demo_model) as engine,
+        engine.session(tap=tap) as session,
+        pytest.raises(KeyError, match="mine"),
+    ):
+        session.sync(engine.tokenize("The king and the queen"))
+
+
 @pytest.mark.parametrize("sparse", ["8:16@all", "8:16x4t2@all", "2:4/var@all"])
 def test_batches_and_caching_change_nothing(sparse: str, demo_model: Path) -> None:
     with amber.Engine(demo_model, sparse=sparse, n_ctx=256) as engine:

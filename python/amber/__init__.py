@@ -6,7 +6,7 @@
 
 from ._amber import ffi as _ffi
 from ._amber import lib as _lib_c
-from ._lib import Progress
+from ._lib import Progress, Tap
 from .engine import Engine, EngineInfo, MemoryEstimate, isa_list, memory_estimate
 from .errors import (
     AmberError,
@@ -49,6 +49,7 @@ __all__ = [
     "SamplingParams",
     "Session",
     "Stream",
+    "Tap",
     "TextStream",
     "Tokenizer",
     "UnsupportedModelError",

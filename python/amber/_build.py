@@ -11,6 +11,8 @@ from pathlib import Path
 CALLBACKS = """
 extern "Python" {
     int amber_py_progress(void *user, int32_t phase, int64_t done, int64_t total);
+    void amber_py_tap(void *user, int32_t layer, int32_t projection, int32_t pos, int32_t rows,
+                      int32_t n_in, const float *x);
     void amber_py_log(void *user, int32_t level, const char *text);
 }
 """

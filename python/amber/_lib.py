@@ -13,6 +13,10 @@ SEED_RANDOM = 2**64 - 1  # AMBER_SEED_RANDOM
 # too, it moves with every layer). A true return value cancels.
 Progress = Callable[[str, float, float], Any]
 Log = Callable[[str, str], None]  # (level, text)
+# Tap(layer, projection, position, rows): rows [n, n_in] float32 are what projection "q" (with k and
+# v), "o", "gate" (with up) or "down" reads in prefill for the tokens from `position` on.
+Tap = Callable[[int, str, int, Any], Any]
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of amber_projection
 
 LEVELS = ("error", "warning", "info", "debug")
 _ERRORS = {
@@ -63,14 +67,16 @@ def float_array(raw: bytearray, *shape: int) -> Any:
 
 
 class Callbacks:
-    """The Python ends of C's progress and log pointers.
+    """The Python ends of C's progress, log and tap pointers.
 
     An exception in one of them, KeyboardInterrupt above all, cannot cross C: it is kept, the C
     call is cancelled, and `check` raises it again.
     """
 
-    def __init__(self, progress: Progress | None = None, log: Log | None = None) -> None:
-        self.progress, self.log = progress, log
+    def __init__(
+        self, progress: Progress | None = None, log: Log | None = None, tap: Tap | None = None
+    ) -> None:
+        self.progress, self.log, self.tap = progress, log, tap
         self.error: BaseException | None = None
         self.handle = ffi.new_handle(self)
 
@@ -122,6 +128,19 @@ def amber_py_log(user: Any, level: int, message: Any) -> None:
             import logging
 
             getattr(logging.getLogger("amber"), name)("%s", text(message))
+    except BaseException as error:
+        callbacks.error = error
+
+
+@ffi.def_extern(onerror=_keep_stray)
+def amber_py_tap(
+    user: Any, layer: int, projection: int, pos: int, rows: int, n_in: int, x: Any
+) -> None:
+    callbacks = ffi.from_handle(user)
+    try:
+        if callbacks.error is None:
+            raw = bytearray(ffi.buffer(x, 4 * rows * n_in))
+            callbacks.tap(layer, PROJECTIONS[projection], pos, float_array(raw, rows, n_in))
     except BaseException as error:
         callbacks.error = error
 

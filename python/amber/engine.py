@@ -14,6 +14,7 @@ from ._lib import (
     Handle,
     Log,
     Progress,
+    Tap,
     check,
     encode_text,
     ffi,
@@ -208,10 +209,11 @@ class Engine:
         n_ctx: int | None = None,
         n_batch: int | None = None,
         progress: Progress | None = None,
+        tap: Tap | None = None,
     ) -> Session:
         """A timeline of its own, with this engine's settings where nothing is said."""
         return Session(
-            self, n_ctx or self._n_ctx, n_batch or self._n_batch, progress or self._progress
+            self, n_ctx or self._n_ctx, n_batch or self._n_batch, progress or self._progress, tap
         )
 
     @contextmanager
@@ -291,6 +293,22 @@ class Engine:
                 return session.score(tokens)
             session.sync(tokens)
             return session.logits
+
+    def activations(self, prompt: Prompt) -> dict[tuple[int, str], Any]:
+        """What the linear layers read in prefill of a prompt: {(layer, projection): float32
+        [tokens, n_in]}, before pruning and quantization, for the projections "q" (k and v read the
+        same), "o", "gate" (up reads the same) and "down". Needs numpy."""
+        import numpy as np
+
+        tokens = self.encode_prompt(prompt)
+        parts: dict[tuple[int, str], list[Any]] = {}
+
+        def tap(layer: int, projection: str, _position: int, rows: Any) -> None:
+            parts.setdefault((layer, projection), []).append(rows)
+
+        with self.session(n_ctx=max(len(tokens), 1), tap=tap) as session:
+            session.score(tokens)
+        return {key: np.concatenate(rows) for key, rows in parts.items()}
 
     # ---- the file ----
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ._lib import Callbacks, Progress, ffi, float_array, lib, new_struct, struct_fields
+from ._lib import Callbacks, Progress, Tap, ffi, float_array, lib, new_struct, struct_fields
 from .errors import AmberError, ContextOverflowError
 from .generate import Result, Stream
 from .sampling import Sampler, SamplingParams
@@ -20,6 +20,9 @@ class Session:
     """Holds up to n_ctx tokens. Every call takes the whole prompt; what the session already holds
     of it is not computed again. For one thread at a time.
 
+    tap: sees what the linear layers read in prefill, see amber.Tap; the engine must not be used
+        from inside it.
+
     Errors: ContextOverflowError, OutOfMemoryError, AmberError where it is closed or in use.
     """
 
@@ -29,15 +32,18 @@ class Session:
         n_ctx: int | None = None,
         n_batch: int | None = None,
         progress: Progress | None = None,
+        tap: Tap | None = None,
     ) -> None:
         self.engine = engine
         self._handle = engine._handle
-        self._callbacks = callbacks = Callbacks(progress)
+        self._callbacks = callbacks = Callbacks(progress, tap=tap)
         self._lock = threading.Lock()
         self._owner: object = None  # the Stream that may go on
         options = new_struct("amber_session_options", lib.amber_session_options_defaults)
         options.n_ctx, options.n_batch = n_ctx or 0, n_batch or 0
         options.progress, options.progress_user = lib.amber_py_progress, callbacks.handle
+        if tap is not None:
+            options.tap, options.tap_user = lib.amber_py_tap, callbacks.handle
         out, err = ffi.new("amber_session **"), ffi.new("amber_error *")
         with self._handle as pointer:
             callbacks.check(lib.amber_session_new(pointer, options, out, err), err)
