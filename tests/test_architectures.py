@@ -81,3 +81,39 @@ def test_int8_logits(name: str) -> None:
     with amber.Engine(path, n_ctx=256) as engine:
         ours = engine.logits(tokens, all=True)[rows]
     assert kl(ours, expected["dense 2"]) < INT8_KL.get(name, 0.05)
+
+
+@pytest.mark.parametrize("name", maker.CASES)
+def test_live(name: str, tmp_path: Path) -> None:
+    """The same against transformers as it is installed, through the converter: prefill of several
+    lengths, token by token, a mixture of both, and pruned."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from amber import convert
+
+    model, expected = maker.make(name)
+    maker.save(name, model, tmp_path / "folder")
+    path = tmp_path / "model.gguf"
+    convert.write_gguf(
+        convert.Folder(str(tmp_path / "folder")),
+        str(path),
+        maker.CASES[name].kind,
+        lambda _d, _t: None,
+    )
+    *dense, pruned = maker.prompts(name)
+    with amber.Engine(path, precision="float", n_ctx=256) as engine:
+        for i, tokens in enumerate(dense):
+            ours = engine.logits(tokens, all=True)
+            assert relative(ours, expected[f"dense {i}"]) < FLOAT_BOUND, len(tokens)
+            last = mixture(engine, tokens)
+            assert relative(last, expected[f"dense {i}"][-1]) < FLOAT_BOUND, len(tokens)
+        with engine.session() as session:
+            session.sync(dense[1][:1])
+            for n, token in enumerate(dense[1][1:], 1):
+                session.append(token)
+                ours = np.array(session.logits)
+                assert relative(ours, expected["dense 1"][n]) < FLOAT_BOUND, n
+    for pattern in maker.PATTERNS:
+        with amber.Engine(path, precision="float", sparse=f"{pattern}/act", n_ctx=256) as engine:
+            ours = engine.logits(pruned, all=True)
+            assert relative(ours, expected[pattern]) < FLOAT_BOUND, pattern
