@@ -36,6 +36,8 @@ static const struct arch architectures[] = {
     {.name = "smollm3", .no_rope_period = 4},
     {.name = "olmo2", .norms = NORM_POST, .rope_halves = true, .window_period = 4},
     {.name = "granite", .divide_logits = true},
+    {.name = "granitemoe", .divide_logits = true, .expert_norm = true},
+    {.name = "olmoe", .rope_halves = true},
     {.name = "starcoder2",
      .layer_norm = true,
      .gelu = true,
@@ -43,6 +45,21 @@ static const struct arch architectures[] = {
      .rope_halves = true,
      .window_period = 1},
     {.name = "stablelm", .norms = NORM_PRE_OR_PARALLEL, .layer_norm = true, .rope_halves = true},
+    {.name = "command-r", .norms = NORM_PARALLEL, .layer_norm = true},
+    {.name = "cohere2",
+     .norms = NORM_PARALLEL,
+     .layer_norm = true,
+     .window_period = 4,
+     .rope_windowed = true},
+    {.name = "phi2",
+     .norms = NORM_PARALLEL,
+     .layer_norm = true,
+     .gelu = true,
+     .no_gate = true,
+     .rope_halves = true},
+    {.name = "glm4", .norms = NORM_PRE_POST},
+    {.name = "ernie4_5"},
+    {.name = "seed_oss", .ffn_norm = "post_attention_norm", .rope_halves = true},
 };
 
 #define MAX_EXPERTS     1024
@@ -50,8 +67,8 @@ static const struct arch architectures[] = {
 
 const char *arch_list(void) {
     return "llama (as Mistral, Mixtral and SmolLM2 are) qwen2 qwen2moe qwen3 qwen3moe gemma gemma2 "
-           "gemma3 phi3 smollm3 olmo2 "
-           "granite starcoder2 stablelm";
+           "gemma3 phi2 phi3 smollm3 olmo2 olmoe granite granitemoe starcoder2 stablelm command-r "
+           "cohere2 glm4 ernie4_5 seed_oss";
 }
 
 /* Integer key "<arch>.<name>"; per-layer arrays serve where all their elements agree. */

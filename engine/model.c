@@ -485,7 +485,8 @@ static amber_status load_norms(struct loader *ld, int il) {
     const enum norm_places places = ld->m->shape.arch->norms;
     const bool pre = places != NORM_POST, post = places == NORM_POST || places == NORM_PRE_POST;
     char stem[64], name[64];
-    snprintf(name, sizeof name, "blk.%d.ffn_norm.weight", il);
+    const char *ffn_norm = ld->m->shape.arch->ffn_norm ? ld->m->shape.arch->ffn_norm : "ffn_norm";
+    snprintf(name, sizeof name, "blk.%d.%s.weight", il, ffn_norm);
     layer->parallel = places == NORM_PARALLEL ||
                       (places == NORM_PRE_OR_PARALLEL && !gguf_find_tensor(ld->m->file, name));
     const struct {
@@ -495,7 +496,7 @@ static amber_status load_norms(struct loader *ld, int il) {
     } norms[] = {
         {"attn_norm", pre, &layer->attn_norm},
         {"post_attention_norm", post, &layer->post_attn_norm},
-        {"ffn_norm", pre && !layer->parallel, &layer->ffn_norm},
+        {ffn_norm, pre && !layer->parallel, &layer->ffn_norm},
         {"post_ffw_norm", post, &layer->post_ffn_norm},
     };
     amber_status status = AMBER_OK;

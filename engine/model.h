@@ -17,6 +17,7 @@ enum norm_places { NORM_PRE, NORM_PRE_POST, NORM_POST, NORM_PARALLEL, NORM_PRE_O
 struct arch {
     const char *name; /* general.architecture */
     enum norm_places norms;
+    const char *ffn_norm; /* what the file calls it, where not ffn_norm */
     bool layer_norm;      /* LayerNorm, else RMSNorm */
     bool gelu;            /* activation of the feed-forward half: GELU (tanh), else SiLU */
     bool no_gate;         /* the feed-forward half is down(f(up(x))), else down(f(gate(x)) up(x)) */

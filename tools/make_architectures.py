@@ -123,6 +123,31 @@ CASES = {
     "stablelm-12b": Case("stablelm", "StableLmConfig", "qwen2", {
         "num_attention_heads": 2, "num_key_value_heads": 1, "qk_layernorm": True,
         "use_parallel_residual": True, "rope_parameters": rope(partial_rotary_factor=0.25)}),
+    "olmo3": Case("olmo2", "Olmo3Config", "dbrx", {
+        "num_hidden_layers": 4, "intermediate_size": 64, "sliding_window": 12,
+        "rope_parameters": rope(theta=5e5)}, "f32"),
+    "olmoe": Case("olmoe", "OlmoeConfig", "dbrx", {
+        "num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32,
+        "norm_topk_prob": False, "rope_parameters": rope()}),
+    "granitemoe": Case("granitemoe", "GraniteMoeConfig", "starcoder", {
+        "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32,
+        "attention_multiplier": 0.4, "embedding_multiplier": 6.0, "residual_multiplier": 0.3,
+        "logits_scaling": 4.0, "tie_word_embeddings": True, "rope_parameters": rope()}),
+    "phi2": Case("phi2", "PhiConfig", "starcoder", {
+        "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_act": "gelu_new",
+        "rope_parameters": rope(partial_rotary_factor=0.5)}),
+    "command-r": Case("command-r", "CohereConfig", "llama-bpe", {
+        "logit_scale": 0.3, "rope_parameters": rope(theta=1e4)}),
+    "cohere2": Case("cohere2", "Cohere2Config", "llama-bpe", {
+        "num_hidden_layers": 4, "intermediate_size": 64, "sliding_window": 12,
+        "logit_scale": 0.3, "rope_parameters": rope(theta=5e4)}),
+    "glm4": Case("glm4", "Glm4Config", "llama-bpe", {
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "attention_bias": True,
+        "rope_parameters": rope(partial_rotary_factor=0.5)}),
+    "ernie4_5": Case("ernie4_5", "Ernie4_5Config", "spm", {
+        "head_dim": 32, "rope_parameters": rope(theta=5e5)}),
+    "seed_oss": Case("seed_oss", "SeedOssConfig", "llama-bpe", {
+        "head_dim": 32, "attention_bias": True, "rope_parameters": rope(theta=1e7)}),
 }  # fmt: skip
 
 # ---- vocabularies ----
@@ -375,7 +400,7 @@ def pruned(model: Any, pattern: tuple[int, int]) -> Iterator[None]:
         leaf = name.rsplit(".", 1)[-1]
         if leaf == "experts":
             new = _pruned_experts(module, pattern)
-        elif leaf in ("q_proj", "gate_proj", "down_proj", "c_proj"):
+        elif leaf in ("q_proj", "gate_proj", "down_proj", "c_proj", "fc2"):
             new = _pruned_linear(module, pattern, module.weight.shape[0])
         elif leaf == "qkv_proj":
             new = _pruned_linear(module, pattern, heads * (model.config.hidden_size // heads))
