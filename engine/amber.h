@@ -134,6 +134,8 @@ typedef struct amber_engine_info {
     char sparse[96]; /* what runs sparse in prefill, or "off" */
     double coverage; /* share of the layers' multiplications that have a sparse operand */
     double skipped;  /* share of them that this machine's kernels leave out; the rest is computed */
+    int32_t n_expert, n_expert_used; /* 0: no mixture of experts */
+    int32_t window;                  /* positions that windowed layers see; 0: no such layers */
 } amber_engine_info;
 
 typedef struct amber_memory {

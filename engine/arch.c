@@ -204,11 +204,12 @@ static amber_status read_rope(const struct gguf_file *file, struct shape *s, amb
     if (status == AMBER_OK)
         status = find_divisors(file, "rope_factors_long.weight", half, &long_divisors, err);
     if (status != AMBER_OK) return status;
-    if (is_text(type, "longrope") && (!divisors || !long_divisors))
+    const bool factors = gguf_find_tensor(file, "rope_factors_short.weight") != NULL;
+    if ((is_text(type, "longrope") || factors || long_divisors) && (!factors || !long_divisors))
         return amber_fail(err, AMBER_ERR_FORMAT,
-                          "%s: %s is longrope: expected the tensors rope_factors_short.weight and "
-                          "rope_factors_long.weight, not found (convert it anew)",
-                          file->label, key);
+                          "%s: longrope: expected the tensors rope_factors_short.weight and "
+                          "rope_factors_long.weight, not found both (convert it anew)",
+                          file->label);
 
     double *freq = malloc(sizeof *freq * 3 * (size_t)half);
     if (!freq) return amber_fail(err, AMBER_ERR_MEMORY, "%s: no memory", file->label);
@@ -322,8 +323,7 @@ void shape_free(struct shape *s) {
     *s = (struct shape){0};
 }
 
-static amber_status find_arch(const struct gguf_file *file, const struct arch **out,
-                              amber_error *err) {
+amber_status arch_find(const struct gguf_file *file, const struct arch **out, amber_error *err) {
     struct gguf_string name;
     int found = gguf_get_string(file, "general.architecture", &name, err);
     if (found < 0) return AMBER_ERR_FORMAT;
@@ -344,7 +344,7 @@ static amber_status find_arch(const struct gguf_file *file, const struct arch **
 }
 
 static amber_status read_shape(const struct gguf_file *file, struct shape *s, amber_error *err) {
-    amber_status status = find_arch(file, &s->arch, err);
+    amber_status status = arch_find(file, &s->arch, err);
     if (status != AMBER_OK) return status;
     const char *arch = s->arch->name;
 

@@ -66,6 +66,9 @@ static amber_status open_parts(amber_engine *engine, const char *path,
     if (status == AMBER_OK) status = amber_pool_new(o->threads, &engine->pool, err);
     struct gguf_file *file = NULL;
     if (status == AMBER_OK) status = gguf_open(path, &file, err);
+    /* Of all that may be new about a file, its architecture says most. */
+    const struct arch *arch = NULL;
+    if (status == AMBER_OK) status = arch_find(file, &arch, err);
     if (status == AMBER_OK) status = tok_new(file, &engine->tokenizer, err);
     if (status != AMBER_OK) {
         gguf_close(file);
@@ -171,6 +174,9 @@ void amber_engine_get_info(const amber_engine *engine, amber_engine_info *info) 
         .n_ff = s->n_ff,
         .n_vocab = s->n_vocab,
         .n_ctx_train = s->n_ctx_train,
+        .n_expert = s->n_expert,
+        .n_expert_used = s->n_expert_used,
+        .window = s->window,
         .n_params = m->n_params,
         .file_bytes = (int64_t)m->file->size,
         .weight_bytes = m->weight_bytes,

@@ -112,6 +112,8 @@ struct model {
     int n_blocks, cap_blocks;
 };
 
+/* The file's row of the table. */
+amber_status arch_find(const struct gguf_file *file, const struct arch **out, amber_error *err);
 /* Reads and checks the shape. On success shape_free releases it. */
 amber_status arch_read_shape(const struct gguf_file *file, struct shape *shape, amber_error *err);
 void shape_free(struct shape *shape);

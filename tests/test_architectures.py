@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 import amber
 import make_architectures as maker
@@ -117,3 +118,96 @@ def test_live(name: str, tmp_path: Path) -> None:
         with amber.Engine(path, precision="float", sparse=f"{pattern}/act", n_ctx=256) as engine:
             ours = engine.logits(pruned, all=True)
             assert relative(ours, expected[pattern]) < FLOAT_BOUND, pattern
+
+
+# ---- files that do not fit their architecture ----
+
+
+def altered(
+    source: Path, out: Path, keys: dict[str, object] | None = None, without: str = ""
+) -> Path:
+    """A copy of a model with other keys (of the architecture), or without a tensor."""
+    reader = GGUFReader(source)
+    arch = reader.fields["general.architecture"].contents()
+    keys = {f"{arch}.{name}": value for name, value in (keys or {}).items()}
+    writer = GGUFWriter(out, arch)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in (*keys, "general.architecture"):
+            continue
+        kind = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=kind)
+    for name, value in keys.items():
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        else:
+            kind = {str: "STRING", float: "FLOAT32", int: "UINT32"}[type(value)]
+            writer.add_key_value(name, value, GGUFValueType[kind])
+    for tensor in reader.tensors:
+        if tensor.name != without:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("qwen3moe", {"keys": {"expert_used_count": 99}}, ["expert_used_count", "1..16", "99"]),
+        ("qwen3moe", {"keys": {"expert_used_count": 0}}, ["expert_used_count", "1..16", "0"]),
+        ("qwen3moe", {"keys": {"expert_count": 8}}, ["ffn_gate_inp", "64 x 8", "64 x 16"]),
+        ("qwen3moe", {"keys": {"expert_count": 5000}}, ["expert_count", "5000"]),
+        ("qwen3moe", {"keys": {"expert_feed_forward_length": 64}}, ["ffn_gate_exps", "64 x 1024"]),
+        ("qwen3moe", {"without": "blk.1.ffn_down_exps.weight"}, ["blk.1.ffn_down_exps", "split"]),
+        ("qwen2moe", {"without": "blk.0.ffn_up_shexp.weight"}, ["blk.0.ffn_up_shexp"]),
+        ("gemma2", {"without": "blk.0.post_ffw_norm.weight"}, ["blk.0.post_ffw_norm.weight"]),
+        ("gemma3", {"keys": {"attention.sliding_window_pattern": [True]}}, ["pattern", "6", "1"]),
+        ("gemma3", {"keys": {"attention.sliding_window_pattern": ["x"] * 6}}, ["strings"]),
+        ("gemma3", {"keys": {"attention.sliding_window": -1.0}}, ["sliding_window"]),
+        ("gemma3", {"keys": {"attention.value_length": 8}}, ["32 keys", "8 values"]),
+        ("granite", {"keys": {"residual_scale": float("nan")}}, ["residual_scale", "finite"]),
+        ("phi3-long", {"without": "rope_factors_long.weight"}, ["longrope", "rope_factors_long"]),
+        ("phi3", {"without": "blk.1.attn_qkv.weight"}, ["blk.1.attn_q", "not found"]),
+        ("phi3", {"keys": {"feed_forward_length": 95}}, ["blk.0.ffn_gate", "not found"]),
+        ("starcoder2", {"without": "output_norm.weight"}, ["output_norm.weight"]),
+        ("stablelm", {"keys": {"attention.layer_norm_epsilon": "x"}}, ["layer_norm_epsilon"]),
+    ],
+)
+def test_refused(name: str, change: dict, words: list[str], tmp_path: Path) -> None:
+    path = altered(GOLDEN / f"{name}.gguf", tmp_path / "bad.gguf", **change)
+    with pytest.raises(amber.AmberError) as caught:
+        amber.Engine(path)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_unknown_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "mamba.gguf"
+    writer = GGUFWriter(path, "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(amber.UnsupportedModelError, match='"mamba".*llama.*qwen3moe.*gemma3'):
+        amber.Engine(path)
+
+
+def test_windowed_layers_hold_a_window() -> None:
+    """A longer context costs cache only in the layers that see all of it."""
+    sizes = {
+        n: amber.memory_estimate(GOLDEN / "gemma3.gguf", n_ctx=n, n_batch=64).kv_bytes
+        for n in (4096, 8192)
+    }
+    position = 2 * 2 * 2 * 32  # K and V of one position of one layer, two heads of 32, float16
+    assert sizes[8192] - sizes[4096] == position * 4096
+    assert sizes[4096] == position * (4096 + 5 * 192)  # 12 + 64 + 62 positions, in steps of 64
+
+
+def test_info_tells_of_experts_and_windows() -> None:
+    with amber.Engine(GOLDEN / "qwen2moe.gguf") as engine:
+        info = engine.info
+        assert (info.n_expert, info.n_expert_used, info.window) == (8, 3, 0)
+    with amber.Engine(GOLDEN / "cohere2.gguf") as engine:
+        info = engine.info
+        assert (info.n_expert, info.n_expert_used, info.window) == (0, 0, 12)

@@ -68,6 +68,9 @@ class EngineInfo:
     sparse: str  # what runs sparse in prefill, or "off"
     coverage: float  # share of the layers' multiplications that have a sparse operand
     skipped: float  # share of them that this machine's kernels leave out in a long prompt
+    n_expert: int  # 0: no mixture of experts
+    n_expert_used: int
+    window: int  # positions that windowed layers see; 0: no such layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,15 +47,17 @@ def model_line(engine: Engine) -> str:
 def info_lines(engine: Engine) -> list[str]:
     """What --info and /show info print."""
     info = engine.info
+    experts = f", {info.n_expert_used} of {info.n_expert} experts" if info.n_expert else ""
+    window = f", sliding window {info.window}" if info.window else ""
     return [
         f"path          {info.path}",
         f"name          {info.name or '-'}",
         f"architecture  {info.architecture}, {human(info.n_params)} parameters",
         f"shape         {info.n_layer} layers, width {info.n_embd}, feed-forward {info.n_ff}, "
-        f"{info.n_head} heads x {info.head_dim}, {info.n_head_kv} key/value heads",
+        f"{info.n_head} heads x {info.head_dim}, {info.n_head_kv} key/value heads{experts}",
         f"vocabulary    {info.n_vocab}",
         f"weights       {info.weight_types} -> {info.precision}",
-        f"context       {info.n_ctx} (trained {info.n_ctx_train})",
+        f"context       {info.n_ctx} (trained {info.n_ctx_train}{window})",
         f"device        {info.device}, {info.isa}, {info.threads} threads",
         f"memory        weights {mib(info.weight_bytes)}, KV cache {mib(info.kv_bytes)}, "
         f"scratch {mib(info.scratch_bytes)}, file {mib(info.file_bytes)}",
