@@ -116,6 +116,9 @@ typedef struct amber_engine_options {
      * Pruner: down, q and gate. Decode is always dense. */
     const char *sparse;
     int32_t sparse_first_n; /* the first tokens of a session that stay dense */
+    /* Not 0: the engine only measures, and may rank channels by the other tokens of a batch
+     * (criterion clact): its answers depend on how a prompt is cut into batches. */
+    int32_t evaluation;
 } amber_engine_options;
 
 typedef struct amber_engine_info {

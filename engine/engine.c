@@ -221,7 +221,8 @@ amber_status amber_memory_estimate(const char *path, const amber_engine_options 
     struct plan plan = {0};
     amber_memory full = {.size = memory->size};
     status = model_estimate(file, floats, &shape, &full.weights_bytes, &full.mapped_bytes, err);
-    if (status == AMBER_OK) status = model_read_plan(file, &shape, o.sparse, &plan, err);
+    if (status == AMBER_OK)
+        status = model_read_plan(file, &shape, o.sparse, o.evaluation != 0, &plan, err);
     if (status == AMBER_OK)
         status = session_estimate(&shape, floats, &plan, o.threads, &kernels, n_ctx, n_batch,
                                   &full.kv_bytes, &full.scratch_bytes, err);

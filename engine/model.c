@@ -6,8 +6,8 @@
  * has its matrices in that form already, and they are used where they are mapped. */
 #include "model.h"
 #include "dequant.h"
+#include "mitigation.h"
 #include "packed.h"
-#include "score.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -112,7 +112,7 @@ static amber_status find_weight(const struct gguf_file *file, const char *name, 
 
 /* ---- memory ---- */
 
-static void *keep(struct model *m, size_t bytes) {
+void *model_keep(struct model *m, size_t bytes) {
     if (m->n_blocks == m->cap_blocks) {
         int cap = m->cap_blocks ? 2 * m->cap_blocks : 64;
         void **blocks = realloc(m->blocks, sizeof *blocks * (size_t)cap);
@@ -182,7 +182,7 @@ static amber_status load_linear(struct loader *ld, const struct gguf_tensor *t, 
     *out = (struct linear){.n_out = n_out, .n_in = n_in};
 
     int64_t bytes = linear_bytes(n_out, n_in, m->float_weights);
-    uint8_t *block = keep(m, (size_t)bytes);
+    uint8_t *block = model_keep(m, (size_t)bytes);
     if (!block) return no_memory(ld, name, bytes);
     if (m->float_weights) {
         out->f32 = c.f32 = (float *)block;
@@ -215,7 +215,7 @@ static amber_status use_packed(struct loader *ld, const struct gguf_tensor *t, c
     }
     struct convert c = {.packed = w8, .n_out = w8->n_out, .n_in = w8->n_in};
     int64_t bytes = linear_bytes(w8->n_out, w8->n_in, true);
-    out->f32 = c.f32 = keep(m, (size_t)bytes);
+    out->f32 = c.f32 = model_keep(m, (size_t)bytes);
     if (!c.f32) return no_memory(ld, name, bytes);
     amber_pool_run(ld->pool, convert_work, &c);
     if (t) gguf_drop_pages(m->file, t);
@@ -240,44 +240,12 @@ static amber_status load_vector(struct loader *ld, const char *name, const struc
                                 int n, const float **out) {
     amber_status status = check_weight(ld->m->file, name, t, 0, n, ld->err);
     if (status != AMBER_OK) return status;
-    float *v = keep(ld->m, sizeof(float) * (size_t)amber_round_up(n, AMBER_PANEL));
+    float *v = model_keep(ld->m, sizeof(float) * (size_t)amber_round_up(n, AMBER_PANEL));
     if (!v) return no_memory(ld, name, n);
     type_info(t->type)->to_float(t->data, v, n);
     ld->m->n_params += n;
     *out = v;
     return report(ld, t);
-}
-
-/* Sums of the quantized rows, for what a shift adds back: W 1. */
-static const float *weight_sums(struct loader *ld, const struct linear *w) {
-    int outputs = n_panels(w->n_out) * AMBER_PANEL, groups = w->w8.k_pad / 4;
-    float *sums = keep(ld->m, sizeof *sums * (size_t)outputs);
-    for (int o = 0; sums && o < outputs; o++) {
-        const uint8_t *lane =
-            w->w8.q + (int64_t)(o / AMBER_PANEL) * groups * AMBER_PANEL * 4 + o % AMBER_PANEL * 4;
-        int64_t sum = 0;
-        for (int g = 0; g < groups; g++, lane += AMBER_PANEL * 4)
-            for (int i = 0; i < 4; i++) sum += lane[i] - 128;
-        sums[o] = (float)sum * w->w8.scale[o];
-    }
-    return sums;
-}
-
-/* t: the source of the weights; NULL: they do not count, as of experts, where one mask per token
- * serves all (arXiv 2508.02128 on mixtures). stem: their name in an Amber GGUF. */
-static amber_status prepare_rule(struct loader *ld, const struct gguf_tensor *t, const char *stem,
-                                 const struct rule *rule, struct linear *out) {
-    if (!rule_is_sparse(rule)) return AMBER_OK;
-    out->rule = rule;
-    if (rule->shift != SHIFT_NONE && !out->f32 && !(out->w8.sum = weight_sums(ld, out)))
-        return no_memory(ld, stem, out->n_out * (int64_t)sizeof(float));
-    if (rule->criterion == CRITERION_ACT || !t) return AMBER_OK;
-    if (ld->m->packed)
-        return packed_score(ld->m->file, stem, out->n_in, rule->criterion, &out->score, ld->err);
-    float *score = keep(ld->m, sizeof *score * (size_t)out->n_in);
-    if (!score) return no_memory(ld, stem, out->n_in * (int64_t)sizeof *score);
-    out->score = score;
-    return score_channels(t, out->n_out, out->n_in, rule->criterion, ld->pool, score, ld->err);
 }
 
 /* The tensor that holds a projection's rows, or those rows of the tensor that holds several: attn_qkv
@@ -324,7 +292,7 @@ static void find_rows(const struct model *m, int il, int id, const struct projec
 static amber_status scale_linear(struct loader *ld, struct linear *w, float factor) {
     if (factor == 1) return AMBER_OK;
     const int outputs = n_panels(w->n_out) * AMBER_PANEL;
-    float *scale = keep(ld->m, 2 * sizeof *scale * (size_t)outputs);
+    float *scale = model_keep(ld->m, 2 * sizeof *scale * (size_t)outputs);
     if (!scale) return no_memory(ld, "scaled outputs", 2 * outputs * (int64_t)sizeof *scale);
     if (w->f32) {
         float *f32 = (float *)(uintptr_t)w->f32; /* made by load_linear or load_packed */
@@ -361,10 +329,13 @@ static amber_status load_projection(struct loader *ld, int il, int id, const str
         status = load_vector(ld, name, &bias, p->n_out, &out->bias);
         out->w8.bias = out->bias;
     }
-    if (status == AMBER_OK && (id == PROJ_O || id == PROJ_DOWN))
-        status = scale_linear(ld, out, ld->m->shape.residual_scale);
-    return status == AMBER_OK ? prepare_rule(ld, &t, stem, plan_rule(&ld->m->plan, il, id), out)
-                              : status;
+    const bool residual = id == PROJ_O || id == PROJ_DOWN;
+    const float factor = residual ? ld->m->shape.residual_scale : 1;
+    if (status == AMBER_OK) status = scale_linear(ld, out, factor);
+    return status == AMBER_OK
+               ? mitigation_load(ld->m, ld->pool, &t, stem, plan_rule(&ld->m->plan, il, id), factor,
+                                 out, ld->err)
+               : status;
 }
 
 /* One of the experts' matrices, for all of them: slices of one tensor [n_in, n_out, n_expert]. */
@@ -405,7 +376,8 @@ static amber_status load_expert_matrices(struct loader *ld, int il, int id,
         if (status == AMBER_OK && id == PROJ_DOWN)
             status = scale_linear(ld, &w[e], m->shape.residual_scale);
         if (status == AMBER_OK)
-            status = prepare_rule(ld, NULL, stem, plan_rule(&m->plan, il, id), &w[e]);
+            status = mitigation_load(m, ld->pool, NULL, stem, plan_rule(&m->plan, il, id), 1, &w[e],
+                                     ld->err);
     }
     return status == AMBER_OK && m->packed ? report(ld, gguf_find_tensor(m->file, name)) : status;
 }
@@ -417,7 +389,7 @@ static amber_status load_floats(struct loader *ld, const char *name, int n_out, 
     amber_status status = find_weight(ld->m->file, name, n_out, n_in, &t, ld->err);
     if (status != AMBER_OK) return status;
     const int64_t n = (int64_t)n_in * amber_max(n_out, 1);
-    float *v = keep(ld->m, sizeof *v * (size_t)n);
+    float *v = model_keep(ld->m, sizeof *v * (size_t)n);
     if (!v) return no_memory(ld, name, n * (int64_t)sizeof *v);
     type_info(t->type)->to_float(t->data, v, n);
     ld->m->n_params += n;
@@ -553,7 +525,8 @@ double model_skipped(const struct model *m, const struct amber_kernels *kernels)
 }
 
 amber_status model_read_plan(const struct gguf_file *file, const struct shape *s,
-                             const char *sparse, struct plan *plan, amber_error *err) {
+                             const char *sparse, bool evaluation, struct plan *plan,
+                             amber_error *err) {
     struct gguf_string text = {"off", 3};
     bool automatic = sparse && strcmp(sparse, "auto") == 0;
     if (!automatic && sparse) text = (struct gguf_string){sparse, strlen(sparse)};
@@ -562,8 +535,8 @@ amber_status model_read_plan(const struct gguf_file *file, const struct shape *s
     if (!copy) return amber_fail(err, AMBER_ERR_MEMORY, "%s: no memory for the plan", file->label);
     memcpy(copy, text.data, (size_t)text.len);
     copy[text.len] = 0;
-    amber_status status =
-        plan_parse(copy, &(struct plan_model){s->n_layer, s->n_embd, s->n_ff}, plan, err);
+    amber_status status = plan_parse(copy, &(struct plan_model){s->n_layer, s->n_embd, s->n_ff},
+                                     evaluation, plan, err);
     free(copy);
     if (status != AMBER_OK && automatic && err) {
         char why[sizeof err->msg];
@@ -598,13 +571,14 @@ static amber_status load_head(struct loader *ld) {
     return status;
 }
 
-static amber_status load_all(struct loader *ld, const char *sparse) {
+static amber_status load_all(struct loader *ld, const char *sparse, bool evaluation) {
     struct model *m = ld->m;
     struct shape *s = &m->shape;
     amber_status status = arch_read_shape(m->file, s, ld->err);
     if (status != AMBER_OK) return status;
     status = packed_check(m->file, &m->packed, ld->err);
-    if (status == AMBER_OK) status = model_read_plan(m->file, s, sparse, &m->plan, ld->err);
+    if (status == AMBER_OK)
+        status = model_read_plan(m->file, s, sparse, evaluation, &m->plan, ld->err);
     m->coverage = status == AMBER_OK ? sparse_share(&m->plan, s, NULL) : 0;
     if (status == AMBER_OK)
         status = find_weight(m->file, "token_embd.weight", s->n_vocab, s->n_embd, &m->embedding,
@@ -634,7 +608,7 @@ amber_status model_load(struct gguf_file *file, const amber_engine_options *opti
                         .progress = options->progress,
                         .user = options->progress_user,
                         .err = err};
-    amber_status status = load_all(&ld, options->sparse);
+    amber_status status = load_all(&ld, options->sparse, options->evaluation != 0);
     if (status != AMBER_OK) model_free(m);
     return status;
 }
@@ -650,13 +624,23 @@ void model_free(struct model *m) {
     *m = (struct model){0};
 }
 
+/* Vectors of an Amber GGUF that are used where they are mapped. */
+static bool lies_mapped(const struct gguf_tensor *t) {
+    static const char *const parts[] = {".scale", ".shift", ".gain", ".offset"};
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
+        const size_t n = strlen(parts[i]);
+        if (t->name.len > n && memcmp(t->name.data + t->name.len - n, parts[i], n) == 0)
+            return true;
+    }
+    return false;
+}
+
 /* Norms and biases as load_vector keeps them. */
 static int64_t vector_bytes(const struct gguf_file *file) {
     int64_t bytes = 0;
     for (uint64_t i = 0; i < file->n_tensors; i++) {
         const struct gguf_tensor *t = &file->tensors[i];
-        const bool scale = t->name.len > 6 && !memcmp(t->name.data + t->name.len - 6, ".scale", 6);
-        if (t->ne[1] == 1 && !scale)
+        if (t->ne[1] == 1 && !lies_mapped(t))
             bytes += amber_round_up((int64_t)t->ne[0], AMBER_PANEL) * (int64_t)sizeof(float);
     }
     return bytes;

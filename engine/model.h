@@ -77,6 +77,11 @@ struct linear {
     const float *bias;       /* [n_out] padded to whole panels, or NULL */
     const struct rule *rule; /* how its input is pruned in prefill; NULL: not at all */
     const float *score;      /* [n_in] channel factors of the rule's criterion, or NULL */
+    /* What pruned rows take in place of w8, f32 and bias: the same where the rule has no vectors. */
+    struct amber_w8 pruned_w8;
+    const float *pruned_f32, *pruned_bias;
+    const float *shift;        /* [n_in] taken off rows before they are pruned, or NULL */
+    const float *left, *right; /* [n_out, rank], [rank, n_in]: what was pruned away; or NULL */
     int n_out, n_in;
 };
 
@@ -124,6 +129,8 @@ const char *arch_list(void);
 amber_status model_load(struct gguf_file *file, const amber_engine_options *options,
                         struct amber_pool *pool, struct model *model, amber_error *err);
 void model_free(struct model *model);
+/* Memory that lives as long as the model; NULL where there is none. */
+void *model_keep(struct model *model, size_t bytes);
 /* Share of the layers' multiplications that the plan saves with these kernels in a long prompt. */
 double model_skipped(const struct model *model, const struct amber_kernels *kernels);
 /* Bytes that model_load would hold for this file, without converting anything. */
@@ -131,9 +138,10 @@ amber_status model_estimate(const struct gguf_file *file, bool float_weights, st
                             int64_t *weight_bytes, int64_t *mapped_bytes, amber_error *err);
 
 /* The plan that an options' sparse text means for this file: "auto" is the one in the file's key
- * amber.plan, dense where it has none. On success plan_free releases it. */
+ * amber.plan, dense where it has none. evaluation: as in the options. On success plan_free releases it. */
 amber_status model_read_plan(const struct gguf_file *file, const struct shape *shape,
-                             const char *sparse, struct plan *plan, amber_error *err);
+                             const char *sparse, bool evaluation, struct plan *plan,
+                             amber_error *err);
 
 /* One embedding row as float32, scaled as the architecture wants. x [n_embd] */
 void model_embed(const struct model *model, int32_t token, float *x);

@@ -33,32 +33,43 @@ struct linear_job {
     bool add;
 };
 
-static void linear_part(const struct batch *b, const struct linear *w, float *y, bool add,
-                        int begin, int end) {
-    const struct activation *in = input_of(b, w);
+/* Outputs begin..end-1 of rows first..first+rows-1, which are all pruned or all dense. */
+static void multiply(const struct batch *b, const struct linear *w, const struct activation *in,
+                     bool pruned, int first, int rows, float *y, bool add, int begin, int end) {
+    if (rows <= 0) return;
+    y += (int64_t)first * w->n_out;
     if (w->f32) {
-        struct amber_gemm_f32 g = {.w = w->f32,
-                                   .bias = w->bias,
+        struct amber_gemm_f32 g = {.w = pruned ? w->pruned_f32 : w->f32,
+                                   .bias = pruned ? w->pruned_bias : w->bias,
                                    .n_out = w->n_out,
                                    .n_in = w->n_in,
-                                   .x = in->f32,
+                                   .x = in->f32 + (int64_t)first * b->n_in,
                                    .ldx = b->n_in,
-                                   .rows = b->rows,
+                                   .rows = rows,
                                    .y = y,
                                    .ldy = w->n_out,
                                    .add = add};
         b->kernels->gemm_f32(&g, begin, amber_min(end, w->n_out));
-    } else {
-        struct amber_gemm_w8a8 g = {.w = w->w8, .a = in->a8, .y = y, .ldy = w->n_out, .add = add};
-        const int panel0 = begin / AMBER_PANEL, panel1 = (end + AMBER_PANEL - 1) / AMBER_PANEL;
-        if (in->nm.keep) g.a.rows = in->listed_from;
-        if (g.a.rows > 0) b->kernels->gemm_w8a8(&g, panel0, panel1);
-        if (in->nm.keep) {
-            g.a = listed_rows(in);
-            g.y = y + in->listed_from * g.ldy;
-            b->kernels->gemm_nm(&g, &in->nm, panel0, panel1);
-        }
+        return;
     }
+    const int panel0 = begin / AMBER_PANEL, panel1 = (end + AMBER_PANEL - 1) / AMBER_PANEL;
+    struct amber_gemm_w8a8 g = {.w = pruned ? w->pruned_w8 : w->w8,
+                                .a = rows_of(in, first, rows, pruned),
+                                .y = y,
+                                .ldy = w->n_out,
+                                .add = add};
+    if (pruned && in->nm.keep)
+        b->kernels->gemm_nm(&g, &in->nm, panel0, panel1);
+    else
+        b->kernels->gemm_w8a8(&g, panel0, panel1);
+}
+
+static void linear_part(const struct batch *b, const struct linear *w, float *y, bool add,
+                        int begin, int end) {
+    const struct activation *in = input_of(b, w);
+    const int dense = in->of ? in->pruned_from : b->rows;
+    multiply(b, w, in, false, 0, dense, y, add, begin, end);
+    multiply(b, w, in, true, dense, b->rows - dense, y, add, begin, end);
 }
 
 /* All panels of all the matrices form one line that is cut into equal parts, so that a small matrix
@@ -76,6 +87,47 @@ static void linear_work(void *ctx, int ith, int nth) {
     }
 }
 
+/* What pruning took from the rows of one layer, through its factors: y += left (right x). */
+struct factor_job {
+    struct batch *b;
+    const struct linear *w;
+    struct amber_gemm_f32 g;
+};
+
+static void factor_work(void *ctx, int ith, int nth) {
+    const struct factor_job *job = ctx;
+    int begin, end;
+    amber_split(job->g.n_out, 4, ith, nth, &begin, &end);
+    if (begin < end) job->b->kernels->gemm_f32(&job->g, begin, end);
+}
+
+static void add_pruned(struct batch *b, const struct linear *w, float *y) {
+    const struct activation *in = input_of(b, w);
+    if (!in->of || !w->left || in->pruned_from >= b->rows) return;
+    const int from = in->pruned_from, rows = b->rows - from, rank = w->rule->rank;
+    struct factor_job job = {b,
+                             w,
+                             {.w = w->right,
+                              .n_out = rank,
+                              .n_in = w->n_in,
+                              .x = in->rest + (int64_t)from * b->n_in,
+                              .ldx = b->n_in,
+                              .rows = rows,
+                              .y = b->low_rank,
+                              .ldy = rank}};
+    amber_pool_run(b->pool, factor_work, &job);
+    job.g = (struct amber_gemm_f32){.w = w->left,
+                                    .n_out = w->n_out,
+                                    .n_in = rank,
+                                    .x = b->low_rank,
+                                    .ldx = rank,
+                                    .rows = rows,
+                                    .y = y + (int64_t)from * w->n_out,
+                                    .ldy = w->n_out,
+                                    .add = true};
+    amber_pool_run(b->pool, factor_work, &job);
+}
+
 static void run_linear(struct linear_job *job) {
     int64_t work = 0;
     for (int i = 0; i < job->n; i++) work += (int64_t)job->w[i]->n_out * job->w[i]->n_in;
@@ -83,6 +135,7 @@ static void run_linear(struct linear_job *job) {
         linear_work(job, 0, 1);
     else
         amber_pool_run(job->b->pool, linear_work, job);
+    for (int i = 0; i < job->n; i++) add_pruned(job->b, job->w[i], job->y[i]);
 }
 
 void op_linear(struct batch *b, const struct linear *const w[], float *const y[], int n) {

@@ -40,7 +40,7 @@ void prepare_unlisted(struct batch *b, const float *src, const struct linear *co
  * alone. make_expert_row fills row i, of the batch's row r. */
 void choose_expert_input(struct batch *b, const struct linear *w, struct activation *in, int rows);
 void make_expert_row(const struct batch *b, const struct activation *in, int i, int r, int ith);
-/* Of an input in lists: the rows that are in them. */
-struct amber_a8 listed_rows(const struct activation *in);
+/* Rows of an input that are all pruned or all dense. */
+struct amber_a8 rows_of(const struct activation *in, int first, int rows, bool pruned);
 
 #endif

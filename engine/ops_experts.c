@@ -150,7 +150,8 @@ static void expert_part(const struct expert_job *job, int i, int e, int panel0, 
                                    .ldy = w->n_out};
         b->kernels->gemm_f32(&g, panel0 * AMBER_PANEL, amber_min(panel1 * AMBER_PANEL, w->n_out));
     } else {
-        struct amber_gemm_w8a8 g = {.w = w->w8, .a = in->a8, .y = y, .ldy = w->n_out};
+        struct amber_gemm_w8a8 g = {
+            .w = in->of ? w->pruned_w8 : w->w8, .a = in->a8, .y = y, .ldy = w->n_out};
         g.a.q += first * g.a.stride;
         g.a.scale += first;
         g.a.sum += first;

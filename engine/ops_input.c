@@ -11,7 +11,7 @@ enum { MIN_LISTED = 24 };
 /* Two projections can read one pruned input where their rules and channel scores agree. */
 static bool same_input(const struct linear *a, const struct linear *b) {
     if (!a || !b) return a == b;
-    return a->score == b->score && rule_equal(a->rule, b->rule);
+    return a->score == b->score && a->shift == b->shift && rule_equal(a->rule, b->rule);
 }
 
 /* The projection whose rule prunes w's input in this batch; NULL: none does. */
@@ -33,23 +33,21 @@ static int first_pruned(const struct batch *b) {
 }
 
 static void choose_lists(const struct batch *b, struct activation *in, int *n_lists) {
-    in->listed_from = first_pruned(b);
-    if (!in->of || b->model->float_weights || b->rows - in->listed_from < MIN_LISTED) return;
+    if (!in->of || b->model->float_weights || b->rows - in->pruned_from < MIN_LISTED) return;
     in->nm.keep = amber_nm_listed(b->kernels, &in->of->rule->pattern);
     if (in->nm.keep == 0) return;
     in->nm.lists = b->lists[(*n_lists)++];
     in->nm.stride = amber_nm_stride(in->a8.k_pad);
-    in->nm.first = in->listed_from == 0 && b->pos0 % 2;
+    in->nm.first = in->pruned_from == 0 && b->pos0 % 2;
 }
 
-struct amber_a8 listed_rows(const struct activation *in) {
+struct amber_a8 rows_of(const struct activation *in, int first, int rows, bool pruned) {
     struct amber_a8 a = in->a8;
-    const int from = in->listed_from;
-    a.q += from * a.stride;
-    a.scale += from;
-    a.sum += from;
-    if (a.shift) a.shift += from;
-    a.rows -= from;
+    a.q += first * a.stride;
+    a.scale += first;
+    a.sum += first;
+    a.shift = pruned && a.shift ? a.shift + first : NULL;
+    a.rows = rows;
     return a;
 }
 
@@ -60,7 +58,8 @@ static void choose_input(const struct batch *b, const struct linear *w, struct a
     in->a8.k_pad = (int)amber_round_up(w->n_in, AMBER_K_ALIGN);
     in->a8.stride = amber_a8_stride(in->a8.k_pad);
     in->a8.rows = rows;
-    in->a8.shift = in->of && in->of->rule->shift != SHIFT_NONE ? in->shift : NULL;
+    in->a8.shift = in->of && rule_shift_is_dynamic(in->of->rule) ? in->shift : NULL;
+    in->pruned_from = amber_min(first_pruned(b), rows);
     in->nm.keep = 0;
 }
 
@@ -160,8 +159,9 @@ static void store_row(const struct batch *b, const struct activation *in, int r,
 }
 
 /* One or two neighbouring rows under one rule: z = x - shift, prune, then what the rule gives back.
- * INT8 rows carry the VAR factor in their scale and the shift beside it, for the epilogue; float rows
- * are written out in full. z [rows, n] and work [n] are scratch. */
+ * INT8 rows carry the VAR factor in their scale and a shift of their own beside it, for the epilogue;
+ * float rows are written out in full. The file's shifts come back with the biases. z [rows, n] and
+ * work [n] are scratch. */
 static void store_pruned(const struct batch *b, const struct activation *in, int r, int rows,
                          const float *x, float *z, float *work, void *prune_scratch) {
     const struct rule *rule = in->of->rule;
@@ -173,13 +173,21 @@ static void store_pruned(const struct batch *b, const struct activation *in, int
         float *row = z + (int64_t)i * n;
         if (rule->shift == SHIFT_MEAN) shift[i] = (float)mean(row, n);
         if (rule->shift == SHIFT_MEDIAN) shift[i] = median(row, work, n);
-        if (rule->shift != SHIFT_NONE)
+        if (rule_shift_is_dynamic(rule))
             for (int k = 0; k < n; k++) row[k] -= shift[i];
+        if (in->of->shift)
+            for (int k = 0; k < n; k++) row[k] -= in->of->shift[k];
+        if (rule->rank) memcpy(in->rest + (int64_t)(r + i) * n, row, sizeof *row * (size_t)n);
         if (rule->var) var[i] = variance(row, n);
     }
-    b->kernels->prune(&rule->pattern, z, n, rows, in->of->score, n, prune_scratch);
+    const float *score = rule->criterion == CRITERION_CLACT ? b->column_norm : in->of->score;
+    b->kernels->prune(&rule->pattern, z, n, rows, score, n, prune_scratch);
     for (int i = 0; i < rows; i++) {
         float *row = z + (int64_t)i * n;
+        if (rule->rank) {
+            float *rest = in->rest + (int64_t)(r + i) * n;
+            for (int k = 0; k < n; k++) rest[k] -= row[k];
+        }
         /* The floor is the paper's: a row pruned to a constant stays finite. */
         float scale = rule->var ? (float)sqrt(var[i] / fmax(variance(row, n), 1e-9)) : 1.0f;
         if (in->f32)
@@ -248,8 +256,8 @@ static void input_work(void *ctx, int ith, int nth) {
                 }
             }
             if (in->nm.keep && !protected) {
-                const struct amber_a8 listed = listed_rows(in);
-                const int pair = (r0 - in->listed_from + in->nm.first) / 2;
+                const int from = in->pruned_from, pair = (r0 - from + in->nm.first) / 2;
+                const struct amber_a8 listed = rows_of(in, from, b->rows - from, true);
                 b->kernels->pack_nm(&in->nm, &listed, pair, pair + 1);
             }
         }
@@ -288,9 +296,43 @@ static void show_input(const struct batch *b, const struct linear *first) {
         b->tap(b->tap_user, b->layer, projection, b->pos0, b->rows, b->n_in, b->tap_rows);
 }
 
+/* Norms of the channels over the rows of the batch, one part of the channels per thread. */
+static void column_norm_work(void *ctx, int ith, int nth) {
+    const struct input_job *job = ctx;
+    struct batch *b = job->b;
+    const int n = b->n_in;
+    int begin, end;
+    amber_split(n, 1, ith, nth, &begin, &end);
+    for (int k = begin; k < end; k++) {
+        double sum = 0;
+        for (int r = 0; r < b->rows; r++) {
+            double v = b->tap_rows[(int64_t)r * n + k];
+            sum += v * v;
+        }
+        b->column_norm[k] = (float)sqrt(sum);
+    }
+}
+
+static void make_work(void *ctx, int ith, int nth) {
+    const struct input_job *job = ctx;
+    struct batch *b = job->b;
+    int begin, end;
+    amber_split(b->rows, 1, ith, nth, &begin, &end);
+    for (int r = begin; r < end; r++)
+        job->make(b, job->source, r, b->tap_rows + (int64_t)r * b->n_in);
+}
+
+/* CLACT (arXiv 2509.22166) ranks |x| by the norm of the channel over all tokens of the call. The norm
+ * of the row, by which it divides, changes no mask. */
+static void measure_columns(struct batch *b, const struct input_job *job) {
+    run_rows(b, make_work, (void *)job);
+    amber_pool_run(b->pool, column_norm_work, (void *)job);
+}
+
 static void make_inputs(struct batch *b, const struct linear *const w[], int n, bool lists,
                         const struct input_job *job) {
     choose_inputs(b, w, n, lists);
+    if (b->sparse && b->model->plan.clact) measure_columns(b, job);
     run_rows(b, input_work, (void *)job);
     if (b->tap && b->sparse) show_input(b, w[0]);
 }

@@ -19,6 +19,14 @@
  *     NAME.score   F32  [n_in, 3]              channel factors for norm, amber and amber-b, taken from
  *                                              the weights before rounding; not for the head
  *
+ * and where a method of a plan needs them (mitigation.c), all F32:
+ *
+ *     NAME.shift           [n_in]              what is taken off before pruning; the key amber.shift
+ *                                              says which method made them: spts, spts-channel, lpts
+ *     NAME.gain, .offset   [n_out]             LS
+ *     NAME.left            [rank, n_out]       R-Sparse
+ *     NAME.right           [n_in, rank]
+ *
  * Norms and biases are as in any file; token_embd.weight keeps its type. Weights are used where the
  * file is mapped: nothing is copied, and processes share the pages. */
 #ifndef AMBER_PACKED_H

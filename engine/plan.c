@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define MAX_RANK 1024
+
 static const char *const projection_names[N_PROJ] = {"q", "k", "v", "o", "gate", "up", "down"};
 
 /* Layers whose q and gate stay dense, from the sensitivity study of arXiv 2508.02128, by the shape
@@ -35,7 +37,14 @@ bool rule_equal(const struct rule *a, const struct rule *b) {
     const struct amber_pattern *p = &a->pattern, *q = &b->pattern;
     return p->kind == q->kind && p->n == q->n && p->m == q->m && p->block == q->block &&
            p->tokens == q->tokens && p->relief == q->relief && a->criterion == b->criterion &&
-           a->shift == b->shift && a->var == b->var;
+           a->shift == b->shift && a->var == b->var && a->ls == b->ls && a->rank == b->rank;
+}
+
+int plan_rank(const struct plan *plan) {
+    int most = 0;
+    for (int i = 0; i < plan->n_layer * N_PROJ; i++)
+        if (plan->rules[i].rank > most) most = plan->rules[i].rank;
+    return most;
 }
 
 /* ---- reading ---- */
@@ -62,33 +71,73 @@ static int clip(struct text t) {
     return t.end - t.at > 60 ? 60 : (int)(t.end - t.at);
 }
 
-static amber_status read_method(struct text word, struct rule *rule, amber_error *err) {
-    if (equals(word, "act"))
-        rule->criterion = CRITERION_ACT;
-    else if (equals(word, "norm"))
-        rule->criterion = CRITERION_NORM;
-    else if (equals(word, "amber"))
-        rule->criterion = CRITERION_AMBER;
-    else if (equals(word, "amber-b"))
-        rule->criterion = CRITERION_AMBER_B;
-    else if (equals(word, "var"))
-        rule->var = true;
-    else if (equals(word, "dpts"))
-        rule->shift = SHIFT_MEAN;
-    else if (equals(word, "dpts-median"))
-        rule->shift = SHIFT_MEDIAN;
-    else if (equals(word, "none"))
-        return AMBER_OK;
-    else if (equals(word, "clact"))
+/* Decimal number of at most six digits; false where there is none. */
+static bool read_number(struct text *t, int *out) {
+    const char *start = t->at;
+    int value = 0;
+    while (t->at < t->end && isdigit((unsigned char)*t->at) && t->at - start < 6)
+        value = value * 10 + (*t->at++ - '0');
+    *out = value;
+    return t->at > start;
+}
+
+static const char *const criteria[] = {"act", "norm", "amber", "amber-b", "clact"};
+static const char *const shifts[] = {"none", "dpts", "dpts-median", "spts", "spts-channel", "lpts"};
+#define COUNT(array) ((int)(sizeof(array) / sizeof *(array)))
+
+static int find_word(struct text word, const char *const *words, int n) {
+    int i = 0;
+    while (i < n && !equals(word, words[i])) i++;
+    return i;
+}
+
+/* Sets one of the places of a rule that hold one method. */
+static amber_status set_once(uint8_t *place, int value, struct text word, const char *const *words,
+                             amber_error *err) {
+    if (*place && *place != value)
+        return amber_fail(err, AMBER_ERR_ARGUMENT,
+                          "sparse: expected one of %s and %.*s, found both", words[*place],
+                          clip(word), word.at);
+    *place = (uint8_t)value;
+    return AMBER_OK;
+}
+
+static amber_status read_rank(struct text word, struct rule *rule, amber_error *err) {
+    struct text number = {word.at + strlen("rsparse:"), word.end};
+    int rank = 0;
+    if (!read_number(&number, &rank) || number.at != number.end || rank < 1 || rank > MAX_RANK)
+        return amber_fail(err, AMBER_ERR_ARGUMENT,
+                          "sparse: expected rsparse:R with a rank R of 1-%d, found \"%.*s\"",
+                          MAX_RANK, clip(word), word.at);
+    rule->rank = (uint16_t)rank;
+    return AMBER_OK;
+}
+
+static amber_status read_method(struct text word, bool evaluation, struct rule *rule,
+                                amber_error *err) {
+    int i = find_word(word, criteria, COUNT(criteria));
+    if (i == CRITERION_CLACT && !evaluation)
         return amber_fail(
             err, AMBER_ERR_UNSUPPORTED,
             "sparse: clact ranks a token by the other tokens of the call, so answers would "
-            "change with batching and caching; use act, norm or amber");
+            "change with batching and caching; use act, norm or amber (amber-eval can measure it)");
+    if (i < COUNT(criteria)) return set_once(&rule->criterion, i, word, criteria, err);
+    if (equals(word, "none")) return AMBER_OK;
+    if ((i = find_word(word, shifts, COUNT(shifts))) < COUNT(shifts))
+        return set_once(&rule->shift, i, word, shifts, err);
+    if ((size_t)(word.end - word.at) >= strlen("rsparse:") &&
+        memcmp(word.at, "rsparse:", strlen("rsparse:")) == 0)
+        return read_rank(word, rule, err);
+    if (equals(word, "var"))
+        rule->var = true;
+    else if (equals(word, "ls"))
+        rule->ls = true;
     else
         return amber_fail(
             err, AMBER_ERR_ARGUMENT,
-            "sparse: expected act, norm, amber, amber-b, var, dpts or dpts-median, found "
-            "\"%.*s\"",
+            "sparse: expected a criterion (act, norm, amber, amber-b) or a mitigation "
+            "(var, dpts, dpts-median, spts, spts-channel, lpts, ls, "
+            "rsparse:R), found \"%.*s\"",
             clip(word), word.at);
     return AMBER_OK;
 }
@@ -110,16 +159,6 @@ static amber_status read_scope(struct text scope, bool chosen[N_PROJ], amber_err
         }
     }
     return AMBER_OK;
-}
-
-/* Decimal number of at most six digits; false where there is none. */
-static bool read_number(struct text *t, int *out) {
-    const char *start = t->at;
-    int value = 0;
-    while (t->at < t->end && isdigit((unsigned char)*t->at) && t->at - start < 6)
-        value = value * 10 + (*t->at++ - '0');
-    *out = value;
-    return t->at > start;
 }
 
 static amber_status read_layers(struct text layers, bool *chosen, int n_layer, amber_error *err) {
@@ -155,8 +194,8 @@ static bool policy_has(const struct plan_model *model, int layer, int projection
     return true;
 }
 
-static amber_status read_rule(struct text t, const struct plan_model *model, struct plan *plan,
-                              bool *layers, amber_error *err) {
+static amber_status read_rule(struct text t, const struct plan_model *model, bool evaluation,
+                              struct plan *plan, bool *layers, amber_error *err) {
     struct text head = t, scope = {NULL, NULL}, where = {NULL, NULL};
     head = until(&t, "@#");
     bool has_scope = head.end < t.end && t.at > head.at && t.at[-1] == '@';
@@ -171,7 +210,7 @@ static amber_status read_rule(struct text t, const struct plan_model *model, str
                              sizeof why))
         return amber_fail(err, AMBER_ERR_ARGUMENT, "sparse: %s", why);
     while (head.at < head.end) {
-        amber_status status = read_method(until(&head, "/"), &rule, err);
+        amber_status status = read_method(until(&head, "/"), evaluation, &rule, err);
         if (status != AMBER_OK) return status;
     }
 
@@ -189,26 +228,26 @@ static amber_status read_rule(struct text t, const struct plan_model *model, str
     return AMBER_OK;
 }
 
-/* FNV-1a over the rules' numbers, so that equal plans are equal however they were written. */
-static uint64_t plan_hash(const struct plan *plan) {
-    uint64_t hash = 0xcbf29ce484222325u;
+/* FNV-1a, byte by byte. */
+void plan_hash_more(struct plan *plan, const void *data, size_t bytes) {
+    const uint8_t *at = data;
+    for (size_t i = 0; i < bytes; i++) plan->hash = (plan->hash ^ at[i]) * 0x100000001b3u;
+}
+
+/* Over the rules' numbers, so that equal plans are equal however they were written. */
+static void hash_rules(struct plan *plan) {
+    plan->hash = 0xcbf29ce484222325u;
     for (int i = 0; i < plan->n_layer * N_PROJ; i++) {
         const struct rule *r = &plan->rules[i];
         const struct amber_pattern *p = &r->pattern;
-        int32_t fields[] = {p->kind,   p->n,         p->m,     p->block, p->tokens,
-                            p->relief, r->criterion, r->shift, r->var};
-        for (size_t j = 0; j < sizeof fields / sizeof fields[0]; j++) {
-            for (int byte = 0; byte < 4; byte++) {
-                hash ^= (uint8_t)((uint32_t)fields[j] >> (8 * byte));
-                hash *= 0x100000001b3u;
-            }
-        }
+        int32_t fields[] = {p->kind,      p->n,     p->m,   p->block, p->tokens, p->relief,
+                            r->criterion, r->shift, r->var, r->ls,    r->rank};
+        plan_hash_more(plan, fields, sizeof fields);
     }
-    return hash;
 }
 
-amber_status plan_parse(const char *text, const struct plan_model *model, struct plan *plan,
-                        amber_error *err) {
+amber_status plan_parse(const char *text, const struct plan_model *model, bool evaluation,
+                        struct plan *plan, amber_error *err) {
     *plan = (struct plan){.n_layer = model->n_layer};
     plan->rules = calloc((size_t)model->n_layer * N_PROJ, sizeof *plan->rules);
     bool *layers = malloc((size_t)model->n_layer * sizeof *layers);
@@ -218,7 +257,7 @@ amber_status plan_parse(const char *text, const struct plan_model *model, struct
     if (status == AMBER_OK && text && strcmp(text, "off") != 0) {
         struct text rest = {text, text + strlen(text)};
         do {
-            status = read_rule(until(&rest, ";"), model, plan, layers, err);
+            status = read_rule(until(&rest, ";"), model, evaluation, plan, layers, err);
         } while (status == AMBER_OK && rest.at < rest.end);
     }
     free(layers);
@@ -226,8 +265,12 @@ amber_status plan_parse(const char *text, const struct plan_model *model, struct
         plan_free(plan);
         return status;
     }
-    for (int i = 0; i < plan->n_layer * N_PROJ; i++) plan->any |= rule_is_sparse(&plan->rules[i]);
-    if (plan->any) plan->hash = plan_hash(plan);
+    for (int i = 0; i < plan->n_layer * N_PROJ; i++) {
+        const struct rule *rule = &plan->rules[i];
+        plan->any |= rule_is_sparse(rule);
+        plan->clact |= rule_is_sparse(rule) && rule->criterion == CRITERION_CLACT;
+    }
+    if (plan->any) hash_rules(plan);
     return AMBER_OK;
 }
 

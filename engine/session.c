@@ -20,9 +20,10 @@ static int widest_input(const struct shape *s) {
  * with the address of the pointer and the bytes; stops at the first false. */
 typedef bool (*buffer_fn)(void *user, void **at, int64_t bytes, bool is_kv);
 
-static bool each_input(struct activation *in, bool floats, int64_t rows, int64_t wide,
+static bool each_input(struct activation *in, bool floats, bool rest, int64_t rows, int64_t wide,
                        buffer_fn each, void *user) {
     const int64_t f32 = sizeof(float), i32 = sizeof(int32_t);
+    if (!each(user, (void **)&in->rest, rest * f32 * rows * wide, false)) return false;
     if (floats) return each(user, (void **)&in->f32, f32 * rows * wide, false);
     int64_t stride = amber_a8_stride((int)amber_round_up(wide, AMBER_K_ALIGN));
     return each(user, (void **)&in->a8.q, rows * stride, false) &&
@@ -42,8 +43,9 @@ static bool each_buffer(const struct shape *s, bool floats, const struct plan *p
     b->row_scratch_bytes = amber_round_up(5 * f32 * wide, 64) +
                            amber_round_up((int64_t)amber_prune_scratch((int)wide), 64);
     const int n_inputs = plan_inputs(plan), n_lists = floats ? 0 : plan_lists(plan, kernels);
+    const int64_t rank = plan_rank(plan);
     for (int i = 0; i < n_inputs; i++)
-        if (!each_input(&b->in[i], floats, rows, wide, each, user)) return false;
+        if (!each_input(&b->in[i], floats, rank > 0, rows, wide, each, user)) return false;
     /* A first row that stands alone takes a pair for itself. */
     const int64_t pairs = rows / 2 + 1;
     for (int i = 0; i < n_lists; i++) {
@@ -61,7 +63,8 @@ static bool each_buffer(const struct shape *s, bool floats, const struct plan *p
         s->n_expert || s->arch->norms == NORM_POST || s->arch->norms == NORM_PRE_POST;
     const int64_t expert_wide = amber_max(s->n_embd, s->n_ff_expert);
     for (int i = 0; i < 2 && slots; i++)
-        if (!each_input(&b->gathered[i], floats, slots, expert_wide, each, user)) return false;
+        if (!each_input(&b->gathered[i], floats, false, slots, expert_wide, each, user))
+            return false;
     const int64_t angles = f32 * rows * (s->n_rot / 2);
     return each(user, (void **)&b->kv, positions * b->kv_position_bytes, true) &&
            each(user, (void **)&session->tokens, (int64_t)sizeof(int32_t) * b->n_ctx, false) &&
@@ -87,7 +90,9 @@ static bool each_buffer(const struct shape *s, bool floats, const struct plan *p
            each(user, (void **)&b->row_scratch, b->row_scratch_bytes * threads, false) &&
            each(user, (void **)&b->attn_scratch, (int64_t)kernels->attention_scratch * threads,
                 false) &&
-           (!b->tap || each(user, (void **)&b->tap_rows, f32 * rows * wide, false));
+           each(user, (void **)&b->low_rank, f32 * rows * rank, false) &&
+           each(user, (void **)&b->column_norm, plan->clact ? f32 * wide : 0, false) &&
+           each(user, (void **)&b->tap_rows, b->tap || plan->clact ? f32 * rows * wide : 0, false);
 }
 
 static bool count_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
@@ -97,7 +102,7 @@ static bool count_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     return true;
 }
 
-#define MAX_BUFFERS (24 + 5 * (MAX_INPUTS + 2))
+#define MAX_BUFFERS (26 + 6 * (MAX_INPUTS + 2))
 
 static bool make_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     struct amber_session *session = user;

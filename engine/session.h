@@ -24,8 +24,9 @@ struct activation {
     struct amber_a8 a8;      /* rows of the current batch */
     float *shift;            /* [rows] what the rule took off; a8.shift points here where it does */
     float *f32;              /* [rows, n] */
-    struct amber_nm nm;      /* keep > 0: rows from listed_from on are also in lists */
-    int listed_from;
+    float *rest;             /* [rows, n] what pruning took away, for rules with factors */
+    int pruned_from;         /* rows before it are dense, and so are all where of is NULL */
+    struct amber_nm nm;      /* keep > 0: rows from pruned_from on are also in lists */
 };
 
 /* Projections that share an input need at most one dense and three differently pruned copies. */
@@ -51,6 +52,8 @@ struct batch {
     struct activation in[MAX_INPUTS];
     uint8_t *lists[MAX_INPUTS]; /* [pairs of rows, amber_nm_stride] for inputs that need them */
     int n_in, n_inputs;         /* row length and number of inputs in use */
+    float *low_rank;            /* [rows, largest rank of the plan] */
+    float *column_norm;         /* [n_in] of all rows, for the criterion clact */
     uint8_t *row_scratch;       /* [threads, row_scratch_bytes] */
     int64_t row_scratch_bytes;
     uint8_t *attn_scratch; /* [threads, kernels->attention_scratch] */
@@ -76,7 +79,7 @@ struct batch {
     /* Sees the inputs of the layers' linears in prefill; NULL: nobody does. */
     amber_tap_fn tap;
     void *tap_user;
-    float *tap_rows; /* [rows, n_in] of the input under way */
+    float *tap_rows; /* [rows, n_in] of the input under way; also where the criterion is clact */
 
     /* Called between layers; non-zero cancels. */
     int (*tick)(void *user, int layer);

@@ -31,6 +31,13 @@ class Rule:
     criterion: str = "act"
     var: bool = False
     shift: str = "none"  # none | mean | median
+    # Of one projection: eta [K] taken off every row, factor and offset [O] of what comes out,
+    # and factors [O, R], [R, K] that what was pruned away goes through.
+    eta: np.ndarray | None = None
+    gain: np.ndarray | None = None
+    offset: np.ndarray | None = None
+    left: np.ndarray | None = None
+    right: np.ndarray | None = None
 
 
 def channel_factors(w: np.ndarray, criterion: str) -> np.ndarray:
@@ -84,11 +91,24 @@ def sparse_linear(
     if rule.shift == "median":
         eta = np.sort(x, axis=1)[:, [(x.shape[1] - 1) // 2]]
     z = x - eta
-    kept = z * keep_mask(np.abs(z) * channel_factors(w, rule.criterion), rule)
+    if rule.eta is not None:
+        z = z - rule.eta
+    if rule.criterion == "clact":  # arXiv 2509.22166, in full: columns over rows
+        f = np.linalg.norm(x, axis=0) / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-8)
+    else:
+        f = channel_factors(w, rule.criterion)
+    kept = z * keep_mask(np.abs(z) * f, rule)
     nu = np.ones((len(x), 1))
     if rule.var:
         nu = np.sqrt(z.var(axis=1) / np.maximum(kept.var(axis=1), 1e-9))[:, None]
-    return nu * ((round_rows(kept) if int8 else kept) @ wq.T) + eta * wq.sum(axis=1)
+    y = nu * ((round_rows(kept) if int8 else kept) @ wq.T)
+    if rule.gain is not None:
+        y = y * rule.gain + rule.offset
+    if rule.eta is not None:
+        y = y + wq @ rule.eta
+    if rule.left is not None:
+        y = y + (z - kept) @ rule.right.T @ rule.left.T
+    return y + eta * wq.sum(axis=1)
 
 
 class NumpyLlama:
@@ -163,4 +183,5 @@ class NumpyLlama:
             gate = linear("gate", z)
             x = x + linear("down", gate / (1 + np.exp(-gate)) * linear("up", z))
         z = self.norm(x, "output_norm.weight")
-        return sparse_linear(z, self.t["token_embd.weight"], None, self.int8)
+        head = self.t.get("output.weight", self.t["token_embd.weight"])
+        return sparse_linear(z, head, None, self.int8)

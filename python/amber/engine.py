@@ -99,9 +99,12 @@ class Engine:
     sparse: activation sparsity in prefill: "off", "auto" (what the file carries, else dense), a
         pattern such as "8:16" or "8:16@all", a plan file; see amber.sparse.plan_text.
     criterion, mitigation: how channels are ranked ("act", "norm", "amber", "amber-b") and what is
-        given back for the pruned ones ("none", "var", "dpts", "dpts-median").
+        given back for the pruned ones ("none", "var", "dpts", "dpts-median", and where the file
+        carries their vectors "spts", "spts-channel", "lpts", "ls", "rsparse:R").
     sparse_first_n: the first tokens of a session that stay dense.
     chat_template: Jinja text in place of the file's own.
+    evaluation: the engine only measures: the criterion "clact", which ranks a token's channels by
+        the other tokens of its batch, is allowed.
 
     Errors: ModelNotFoundError, FileFormatError, UnsupportedModelError, OutOfMemoryError,
     DeviceError, ValueError.
@@ -124,12 +127,14 @@ class Engine:
         mitigation: str | None = None,
         sparse_first_n: int = 0,
         chat_template: str | None = None,
+        evaluation: bool = False,
     ) -> None:
         _check_device(device)
         self.path = find_model(path)
         callbacks = Callbacks(progress, log)
         plan = plan_text(sparse, criterion, mitigation)
         options, keep = _options(precision, threads, isa, plan, sparse_first_n)
+        options.evaluation = evaluation
         options.progress, options.progress_user = lib.amber_py_progress, callbacks.handle
         options.log, options.log_user = lib.amber_py_log, callbacks.handle
         out, err = ffi.new("amber_engine **"), ffi.new("amber_error *")

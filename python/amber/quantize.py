@@ -46,6 +46,8 @@ LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down)(_shexp)?
 EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 F32, F16, I8 = 0, 1, 24  # tensor types
 U32, F64, BOOL, STRING = 4, 12, 7, 8  # value types
+# Tensors "<matrix>.<part>" that the methods of a plan use (engine/packed.h).
+VECTORS = ("shift", "gain", "offset", "left", "right")
 
 # The engine's scores sum rows in 16 fixed parts (engine/score.c); the same sums in the same order
 # give the same bits.
@@ -435,8 +437,14 @@ def write_packed(
             done += written
 
 
-def copy_with_keys(source: Source, out: str, keys: dict[str, Any]) -> None:
-    """Writes an Amber GGUF again with other keys; the tensors' bytes are copied."""
+def copy_with_keys(
+    source: Source, out: str, keys: dict[str, Any], vectors: "dict[str, np.ndarray] | None" = None
+) -> None:
+    """Writes an Amber GGUF again with other keys; the tensors' bytes are copied.
+
+    vectors: float32 tensors to add, by name, in place of all that the methods of a plan had
+        (engine/mitigation.c); None: those stay.
+    """
     parts = [
         Part(
             t.name,
@@ -446,11 +454,16 @@ def copy_with_keys(source: Source, out: str, keys: dict[str, Any]) -> None:
             lambda t=t: iter([t.data]),
         )
         for t in source.reader.tensors
+        if vectors is None or t.name.rpartition(".")[2] not in VECTORS
     ]
+    for name, values in (vectors or {}).items():
+        rows = values.astype("<f4", order="C")
+        parts.append(Part(name, F32, rows.shape[::-1], rows.nbytes, lambda rows=rows: iter([rows])))
     with open(out, "wb") as file:
         file.write(header(source.keys() + [key_bytes(*item) for item in keys.items()], parts))
-        for tensor, part in zip(source.reader.tensors, parts, strict=True):
-            file.write(memoryview(tensor.data).cast("B"))
+        for part in parts:
+            for piece in part.data():
+                file.write(memoryview(piece).cast("B"))
             file.write(bytes(_padded(part.n_bytes) - part.n_bytes))
 
 
@@ -466,7 +479,7 @@ def file_hash(path: str) -> str:
 def base_keys(source: Source) -> dict[str, Any]:
     """Keys that say what the file is and what it was made from."""
     if source.packed:  # the tensors stay, so do these
-        kept = ("format", "layout", "tied_output", "permuted")
+        kept = ("format", "layout", "tied_output", "permuted", "shift")
         kept += ("source.name", "source.size", "source.sha256")
         fields = source.reader.fields
         keys = {

@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import ArgumentError
 
-CRITERIA = ("act", "norm", "amber", "amber-b")
-MITIGATIONS = ("none", "var", "dpts", "dpts-median")
+CRITERIA = ("act", "norm", "amber", "amber-b")  # and clact, for evaluation alone
+SHIFTS = ("dpts", "dpts-median", "spts", "spts-channel", "lpts")  # a rule has one of them
+MITIGATIONS = ("none", "var", *SHIFTS, "ls", "rsparse:R")
 
 # One rule of a plan file: {"pattern": "8:16", "projections": ["q", "gate"], "layers": "0-18",
 # "criterion": "amber", "mitigation": ["var"]}; all but the pattern may be left out.
@@ -50,7 +52,7 @@ def _read(path: str) -> Any:
 
 
 def _check_method(what: str, value: str, known: Sequence[str]) -> str:
-    if value not in known:
+    if value not in known and not ("rsparse:R" in known and re.fullmatch(r"rsparse:\d+", value)):
         raise ArgumentError(f"{what}: expected one of {', '.join(known)}, found {value!r}")
     return value
 
