@@ -134,6 +134,8 @@ def test_describe():
         (["demo", "-p", "x", "--logit-bias", "5:1"], 2, ["--logit-bias", "TOKEN=NUMBER"]),
         (["demo", "-p", "x", "--logit-bias", "no such token=1"], 2, ["logit_bias"]),
         (["demo", "-p", "x", "-sys", "Be brief."], 2, ["-sys", "chat template"]),
+        (["demo", "-p", "x", "--chat-template", "chatty"], 2, ["no such file", "chatml, llama3"]),
+        (["demo", "-p", "x", "--chat-template-kwargs", "[1]"], 2, ["expected a JSON object"]),
         (["demo", "-p", "x", "--device", "cuda"], 1, ["no CUDA"]),
         (["demo", "-p", "x", "-c", "-7"], 2, ["n_ctx"]),
         (["no-such-model", "-p", "x"], 1, ["no-such-model", "demo"]),
@@ -178,6 +180,25 @@ def test_chat_template_file(tmp_path):
     path.write_text("{% for m in messages %}\n{{ m.content + 3 }}{% endfor %}")
     done = run(*options, "-p", "Hi")
     assert done.returncode == 1 and "chat template, line 2" in done.stderr
+
+
+def test_chat_template_by_name_and_variables(tmp_path):
+    done = run(
+        "demo", "--chat-template", "vicuna", "-p", "Hi", "-sys", "Be brief.", "--dump-tokens"
+    )
+    with amber.Engine("demo") as engine:
+        ids = engine.tokenize("Be brief.\n\nUSER: Hi\nASSISTANT:")
+    assert [int(line.split()[0]) for line in done.stdout.splitlines()] == ids
+    assert "given: vicuna" in run("demo", "--chat-template", "vicuna", "--info").stdout
+    path = tmp_path / "template.jinja"
+    path.write_text(
+        "{{ messages[0].content }}{% if x %}{{ raise_exception('x') }}{% endif %}<think>"
+    )
+    options = ["demo", "--chat-template", str(path), "-p", "The king", *GREEDY]
+    shown, hidden = run(*options, "-q"), run(*options, "-q", "--hide-thinking")
+    assert shown.stdout and (hidden.returncode, hidden.stdout) == (0, "")
+    done = run(*options, "--chat-template-kwargs", '{"x": true}')
+    assert done.returncode == 1 and "chat template, line 1: x" in done.stderr
 
 
 def test_closed_pipe():

@@ -209,3 +209,40 @@ def test_completion(talk):
     child.expect("en")
     child.sendline()
     child.expect("no turn to answer again")
+
+
+def test_thinking_and_variables(talk, tmp_path):
+    """The prompt's own template opens a thinking block that the little model never closes."""
+    template = tmp_path / "thinking.jinja"
+    template.write_text(
+        "{{ messages[-1].content }}{% if enable_thinking is not defined or enable_thinking %}"
+        "<think>\n{% endif %}"
+    )
+    child = talk("--chat-template", str(template), "--hide-thinking", chat=False)
+    child.sendline("Once upon a time")
+    child.expect("it was still thinking")
+    child.expect(PROMPT)
+    assert "enable_thinking = false" in command(child, "/var enable_thinking false")
+    child.sendline("Once upon a time")
+    assert child.expect(["it was still thinking", STATS]) == 1
+    child.expect(PROMPT)
+    assert "is not set" in command(child, "/var enable_thinking")
+    command(child, "/thinking show")
+    child.sendline("Once upon a time")
+    assert child.expect(["it was still thinking", STATS]) == 1
+    child.expect(PROMPT)
+    assert "expected show or hide" in command(child, "/thinking maybe")
+    assert "expected NAME VALUE" in command(child, "/var 1x 2")
+
+
+def test_system_prompt_that_the_template_refuses(talk, tmp_path):
+    template = tmp_path / "strict.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}"
+        "{% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    child = talk("--chat-template", str(template), chat=False)
+    plain = say(child, "Hello")[0]
+    command(child, "/clear")
+    command(child, "/system Be brief.")
+    assert say(child, "Hello")[0] > plain

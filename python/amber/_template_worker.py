@@ -6,9 +6,9 @@ way to do that (nested loops, doubled strings, the repr of a list that holds its
 process with limits does. chat.py starts it as a script, with the folders of jinja2 as arguments.
 """
 
+import datetime
 import json
 import sys
-import time
 
 sys.path += sys.argv[1:]
 
@@ -19,7 +19,8 @@ except ImportError:  # no such limits on this system; chat.py's deadline still h
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
 
 NAME = "chat template"
 
@@ -44,13 +45,44 @@ def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
                       sort_keys=sort_keys)  # fmt: skip
 
 
+class TemplateDict:
+    """dict(...) and dict.fromkeys(...), without the type itself."""
+
+    def __call__(self, *args, **values):
+        return dict(*args, **values)
+
+    def fromkeys(self, *args):
+        return dict.fromkeys(*args)
+
+
+class TemplateNamespace(Namespace):
+    """namespace(...), whose attributes may not reach for an object's inner ones."""
+
+    def __init__(*args, **values):  # no name for self: it may be among the values
+        values = dict(*args[1:], **values)
+        for name in values:
+            TemplateNamespace.check(name)
+        Namespace.__init__(args[0], values)
+
+    def __setitem__(self, name, value):
+        TemplateNamespace.check(name)
+        Namespace.__setitem__(self, name, value)
+
+    @staticmethod
+    def check(name):
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"namespace: names that begin with _ are unsafe, found {name!r}")
+
+
 def environment():
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
     )
     env.filters["tojson"] = to_json
     env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda format: time.strftime(format)
+    env.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
+    env.globals["dict"] = TemplateDict()
+    env.globals["namespace"] = TemplateNamespace
     return env
 
 

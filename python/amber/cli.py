@@ -5,19 +5,23 @@ stdout carries the answer and nothing else; talk goes to stderr. Exit codes: 0 d
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from . import __version__
+from .chat import Messages, Thinking, fold_system
+from .chat_families import FAMILIES
 from .command import INTERRUPTED, UsageError
 from .engine import PRECISIONS, Engine, isa_list
-from .errors import AmberError
+from .errors import AmberError, ChatTemplateError
 from .generate import Stream
 from .models import built_in_models
 from .progress import Bars
-from .report import info_lines, model_line, result_json, result_line
+from .report import info_lines, model_line, result_json, result_line, template_line
 from .sampling import SamplingParams
 from .sparse import CRITERIA, MITIGATIONS
 
@@ -43,7 +47,19 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("-f", "--file", help="prompt from a file, - for stdin")
     prompt.add_argument("-sys", "--system", metavar="TEXT", help="system prompt")
     prompt.add_argument("--raw", action="store_true", help="prompt as it is, without chat template")
-    prompt.add_argument("--chat-template", metavar="FILE", help="Jinja, for the model's own")
+    prompt.add_argument(
+        "--chat-template",
+        metavar="FILE|NAME",
+        help=f"Jinja, or {', '.join(FAMILIES)}; for the model's own",
+    )
+    prompt.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="""variables for it, such as '{"enable_thinking": false}'""",
+    )
+    prompt.add_argument(
+        "--hide-thinking", action="store_true", help="show answers without their thinking block"
+    )
     prompt.add_argument("--dump-tokens", action="store_true", help="print the prompt's tokens only")
 
     model = top.add_argument_group("model")
@@ -150,15 +166,50 @@ def say(args: argparse.Namespace, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def write_answer(stream: Stream, bars: Bars | None) -> int:
-    """Prints an answer as it comes, ends its last line. Returns the exit code."""
+def template_variables(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        made = json.loads(args.chat_template_kwargs or "{}")
+    except json.JSONDecodeError:
+        made = None
+    if not isinstance(made, dict) or "messages" in made:
+        raise UsageError(
+            "--chat-template-kwargs: expected a JSON object without messages, found "
+            f"{args.chat_template_kwargs}"
+        )
+    return made
+
+
+def chat_prompt(engine: Engine, messages: Messages, variables: Mapping[str, Any]) -> str:
+    """The prompt of a chat. Where the template refuses a system message, the first user turn begins
+    with its text."""
+    try:
+        return engine.apply_chat_template(messages, **variables)
+    except ChatTemplateError:
+        folded = fold_system(messages)
+        if folded is None:
+            raise
+        with contextlib.suppress(ChatTemplateError):
+            return engine.apply_chat_template(folded, **variables)
+        raise
+
+
+def write_answer(stream: Stream, bars: Bars | None, thinking: Thinking | None = None) -> int:
+    """Prints an answer as it comes, ends its last line; thinking leaves its block out. Returns the
+    exit code."""
     code, last = 0, "\n"
+
+    def write(text: str) -> None:
+        nonlocal last
+        if text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            last = text[-1]
+
     try:
         for chunk in stream:
-            if chunk.text:
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
-                last = chunk.text[-1]
+            write(thinking.push(chunk.text) if thinking else chunk.text)
+        if thinking:
+            write(thinking.finish())
     except KeyboardInterrupt:
         stream.close()
         code = INTERRUPTED
@@ -183,10 +234,16 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError('no model; try: amber-run demo -p "Once upon a time"')
     params = sampling_params(args)
     prompt = None if args.info else read_prompt(args)
-    template = None
-    if args.chat_template:
-        with open(args.chat_template, encoding="utf-8") as file:
+    template = args.chat_template
+    if template and template not in FAMILIES:
+        if not os.path.exists(template):
+            raise UsageError(
+                f"--chat-template {template}: no such file, and no family of that name (known: "
+                f"{', '.join(FAMILIES)})"
+            )
+        with open(template, encoding="utf-8") as file:
             template = file.read()
+    variables = template_variables(args)
 
     bars = None if args.quiet else Bars()
     try:
@@ -212,13 +269,23 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             raw = args.raw or engine.chat_template is None
             if raw and args.system is not None:
-                raise UsageError("-sys needs a chat template, and this model has none or --raw")
+                raise UsageError(
+                    "-sys needs a chat template, and this model has none or --raw (--chat-template "
+                    "chooses one)"
+                )
+            if engine.chat_template_source.startswith("recognized") and not raw:
+                say(args, f"chat template {template_line(engine)}; --raw or --chat-template choose")
             if prompt is None:
                 from .repl import Repl
 
                 say(args, model_line(engine))
-                return Repl(engine, params, args.system, raw, bars).run()
-            return answer(args, engine, params, prompt, raw, bars)
+                talk = Repl(engine, params, args.system, raw, bars, variables, args.hide_thinking)
+                return talk.run()
+            if not raw:
+                system = [{"role": "system", "content": args.system}] if args.system else []
+                turn = {"role": "user", "content": prompt}
+                prompt = chat_prompt(engine, [*system, turn], variables)
+            return answer(args, engine, params, prompt, bars)
     finally:
         if bars:
             bars.close()
@@ -229,20 +296,16 @@ def answer(
     engine: Engine,
     params: SamplingParams,
     prompt: str,
-    raw: bool,
     bars: Bars | None,
 ) -> int:
     """One prompt, one answer, one exit code."""
-    if not raw:
-        system = [{"role": "system", "content": args.system}] if args.system else []
-        prompt = engine.apply_chat_template([*system, {"role": "user", "content": prompt}])
     if args.dump_tokens:
         for token in engine.encode_prompt(prompt):
             print(f"{token:8d}  {engine.tokenizer.token_text(token)!r}")
         return 0
     say(args, model_line(engine))
     stream = engine.stream(prompt, params)
-    code = write_answer(stream, bars)
+    code = write_answer(stream, bars, Thinking(prompt) if args.hide_thinking else None)
     result = stream.result
     if args.json_timings:
         print(json.dumps(result_json(engine, result)), file=sys.stderr)

@@ -289,18 +289,24 @@ def _ids(value: Any) -> list[int]:
     return [v for v in values if type(v) is int and v >= 0]
 
 
-def _template(folder: str, config: Mapping[str, Any]) -> str | None:
+def _templates(folder: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name; "default" is the one."""
     path = os.path.join(folder, "chat_template.jinja")
+    found: Any = config.get("chat_template")
+    if found is None:
+        found = _optional(folder, "chat_template.json").get("chat_template")
+    named = {"default": found} if isinstance(found, str) else {}
+    if isinstance(found, list):
+        named = {t["name"]: t["template"] for t in found}
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            return file.read()
-    found = config.get("chat_template") or _optional(folder, "chat_template.json").get(
-        "chat_template"
-    )
-    if isinstance(found, list):  # several by name
-        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+            named["default"] = file.read()
+    more = os.path.join(folder, "additional_chat_templates")
+    for name in sorted(os.listdir(more)) if os.path.isdir(more) else ():
+        if name.endswith(".jinja"):
+            with open(os.path.join(more, name), encoding="utf-8") as file:
+                named[name.removesuffix(".jinja")] = file.read()
+    return {name: text for name, text in named.items() if isinstance(text, str) and text}
 
 
 def byte_letters() -> list[str]:
@@ -385,9 +391,11 @@ def _read_vocabulary(folder: str, model_config: Mapping[str, Any], n_vocab: int)
     flags = [config.get(f"add_{name}_token") for name in ("bos", "eos")]
     flags = [f if isinstance(f, bool) else adds[i] if adds else None for i, f in enumerate(flags)]
     keys = _keys(made, named, flags)
-    template = _template(folder, config)
-    if template:
-        keys["chat_template"] = template
+    templates = _templates(folder, config)
+    if more := sorted(set(templates) - {"default"}):
+        keys["chat_templates"] = more
+    for name, text in templates.items():
+        keys["chat_template" if name == "default" else f"chat_template.{name}"] = text
     if _swallows_space(folder):
         keys["swallows_space"] = True
     return keys

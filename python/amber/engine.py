@@ -23,7 +23,8 @@ from ._lib import (
     struct_fields,
     text,
 )
-from .chat import ChatTemplate
+from .chat import Messages, apply_template
+from .chat_families import FAMILIES, recognize
 from .errors import ChatTemplateError, DeviceError
 from .generate import Result, Stream
 from .models import find_model
@@ -32,7 +33,6 @@ from .session import Session, check_fits
 from .sparse import Sparse, plan_text
 from .tokenizer import Tokenizer
 
-Messages = Sequence[Mapping[str, Any]]  # [{"role": "user", "content": "..."}]
 Prompt = str | Messages | Sequence[int]  # raw text | chat | token ids
 PRECISIONS = {"int8": lib.AMBER_PRECISION_INT8, "float": lib.AMBER_PRECISION_FLOAT}
 
@@ -102,7 +102,9 @@ class Engine:
         given back for the pruned ones ("none", "var", "dpts", "dpts-median", and where the file
         carries their vectors "spts", "spts-channel", "lpts", "ls", "rsparse:R").
     sparse_first_n: the first tokens of a session that stay dense.
-    chat_template: Jinja text in place of the file's own.
+    chat_template: Jinja text in place of the file's own, or the name of a family ("chatml",
+        "llama3", ...: chat_families.FAMILIES). A file without one is recognized by its special
+        tokens where it can be; chat_template_source says what came of it.
     evaluation: the engine only measures: the criterion "clact", which ranks a token's channels by
         the other tokens of its batch, is allowed.
 
@@ -151,7 +153,7 @@ class Engine:
 
         self._progress, self._n_batch = progress, n_batch
         self.tokenizer = Tokenizer._of_engine(self._handle)
-        self.chat_template = chat_template or self._meta("tokenizer.chat_template")
+        self._choose_template(chat_template)
         c_info = new_struct("amber_engine_info")
         with self._handle as pointer:
             lib.amber_engine_get_info(pointer, c_info)
@@ -168,6 +170,22 @@ class Engine:
             **{name: stats[name] for name in ("n_ctx", "kv_bytes", "scratch_bytes")},
         }
         self.info = EngineInfo(**facts)
+
+    def _choose_template(self, given: str | None) -> None:
+        """Sets chat_template, the Jinja text or None, and where it comes from: "file", "given",
+        "given: chatml", "recognized: chatml", or "none"."""
+        own = self._meta("tokenizer.chat_template")
+        if given in FAMILIES:
+            self.chat_template = FAMILIES[given].template
+            self.chat_template_source = f"given: {given}"
+        elif given or own:
+            self.chat_template = given or own
+            self.chat_template_source = "given" if given else "file"
+        elif name := recognize(self.tokenizer):
+            self.chat_template = FAMILIES[name].template
+            self.chat_template_source = f"recognized: {name}"
+        else:
+            self.chat_template, self.chat_template_source = None, "none"
 
     def __enter__(self) -> "Engine":
         return self
@@ -266,31 +284,45 @@ class Engine:
         messages: Messages,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
         """The text that the model's chat template makes of messages; generate() takes it as it is.
 
-        variables go to the template (enable_thinking=False). Errors: ChatTemplateError.
+        continue_final_message ends it inside the last message, whose text the answer goes on with.
+        tools: JSON schemas. Other variables go to the template (enable_thinking=False,
+        documents=[...]). Errors: ChatTemplateError.
         """
-        if self.chat_template is None:
+        template = self.chat_template
+        if template is None:
             raise ChatTemplateError(
-                "this model has no chat template: give the prompt as one str, or a chat_template"
+                "this model has no chat template, and its special tokens are of no known family: "
+                "give the prompt as one str, or a chat_template (Jinja, or one of "
+                f"{', '.join(FAMILIES)})"
             )
-        special = {
-            name: "" if token is None else self.tokenizer.token_text(token)
-            for name, token in (
-                ("bos_token", self.tokenizer.bos),
-                ("eos_token", self.tokenizer.eos),
-            )
-        }
-        return ChatTemplate(self.chat_template).render(
-            messages=messages,
+        if tools and template == self._meta("tokenizer.chat_template"):
+            template = self._meta("tokenizer.chat_template.tool_use") or template
+        return apply_template(
+            template,
+            messages,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             tools=tools,
-            **special,
-            **variables,
+            **(self._special_tokens() | variables),
         )
+
+    def _special_tokens(self) -> dict[str, str]:
+        """Spellings that templates read."""
+        found = {"bos_token": "", "eos_token": ""}
+        ids = {"bos_token": self.tokenizer.bos, "eos_token": self.tokenizer.eos}
+        for name, key in (("unk_token", "unknown"), ("pad_token", "padding")):
+            value = self._meta(f"tokenizer.ggml.{key}_token_id")
+            ids[name] = int(value) if value and value.isdigit() else None
+        for name, token in ids.items():
+            if token is not None and token < self.tokenizer.size:
+                found[name] = self.tokenizer.token_text(token)
+        return found
 
     def logits(self, prompt: Prompt, all: bool = False) -> Any:
         """float32 logits [n_vocab] after the last token of a prompt; with all, [n, n_vocab] after

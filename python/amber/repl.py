@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
@@ -11,9 +12,10 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from . import chat
-from .cli import write_answer
+from .chat import Thinking
+from .cli import chat_prompt, write_answer
 from .command import INTERRUPTED
-from .engine import Engine, Prompt
+from .engine import Engine
 from .errors import AmberError
 from .progress import Bars
 from .report import info_lines, result_line
@@ -34,9 +36,11 @@ class Repl:
         system: str | None,
         raw: bool,
         bars: Bars | None,
+        variables: Mapping[str, Any] | None = None,
+        hide_thinking: bool = False,
     ) -> None:
         self.engine, self.params, self.system, self.raw = engine, params, system, raw
-        self.bars = bars
+        self.bars, self.variables, self.hide_thinking = bars, dict(variables or {}), hide_thinking
         self.turns: list[tuple[str, str]] = []  # (user, answer)
         self.stats = True
         self.commands = {
@@ -44,6 +48,8 @@ class Repl:
             "/set": (self.set, "NAME VALUE: a sampling parameter, such as temperature 0.5"),
             "/show": (self.show, "[info|params|system|template|history]"),
             "/system": (self.set_system, "[TEXT]: system prompt; without text, none"),
+            "/thinking": (self.set_thinking, "show|hide: the thinking block of answers"),
+            "/var": (self.set_variable, "NAME [JSON]: a variable of the chat template"),
             "/clear": (self.clear, "forget the conversation"),
             "/regen": (self.regen, "answer the last turn again"),
             "/read": (self.read, "FILE: send a file's text"),
@@ -57,6 +63,8 @@ class Repl:
         """Reads lines until the user leaves. Returns the exit code."""
         if self.raw:
             print("No chat template: the model continues your text. /clear starts a new one.")
+            if self.engine.chat_template is None:
+                print("To chat with it, choose a template: amber-run --chat-template NAME.")
         else:
             chat.warm_up()
         print('/help lists commands, """ begins and ends several lines, Ctrl-C stops an answer.')
@@ -111,7 +119,7 @@ class Repl:
 
     # ---- turns ----
 
-    def prompt(self, user: str) -> Prompt:
+    def prompt(self, user: str) -> str:
         """The whole conversation with a new turn at its end."""
         if self.raw:
             return "".join(text for turn in self.turns for text in turn) + user
@@ -119,12 +127,17 @@ class Repl:
         for asked, answered in self.turns:
             messages.append({"role": "user", "content": asked})
             messages.append({"role": "assistant", "content": answered})
-        return [*messages, {"role": "user", "content": user}]
+        messages.append({"role": "user", "content": user})
+        return chat_prompt(self.engine, messages, self.variables)
 
     def take_turn(self, user: str) -> None:
-        stream = self.engine.stream(self.prompt(user), self.params)
-        stopped = write_answer(stream, self.bars)
+        prompt = self.prompt(user)
+        stream = self.engine.stream(prompt, self.params)
+        thinking = Thinking(prompt) if self.hide_thinking and not self.raw else None
+        stopped = write_answer(stream, self.bars, thinking)
         result = stream.result
+        if thinking and thinking.inside:
+            print("(it was still thinking; /thinking show lets you see that)")
         if stopped:
             print("(stopped; this turn is forgotten)")
         else:
@@ -188,6 +201,27 @@ class Repl:
         if self.raw:
             raise ValueError("/system: there is no chat template to put it in")
         self.system = text or None
+
+    def set_thinking(self, word: str) -> None:
+        if word not in ("show", "hide"):
+            raise ValueError("/thinking: expected show or hide")
+        self.hide_thinking = word == "hide"
+
+    def set_variable(self, rest: str) -> None:
+        if self.raw:
+            raise ValueError("/var: there is no chat template to read it")
+        name, _, value = rest.partition(" ")
+        if not name.isidentifier():
+            raise ValueError("/var: expected NAME VALUE, such as enable_thinking false")
+        if value.strip():
+            try:
+                self.variables[name] = json.loads(value)
+            except json.JSONDecodeError:
+                self.variables[name] = value.strip()  # a bare word
+            print(f"{name} = {json.dumps(self.variables[name])}")
+        else:
+            self.variables.pop(name, None)
+            print(f"{name} is not set")
 
     def set_stats(self, word: str) -> None:
         if word not in ("on", "off"):

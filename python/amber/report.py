@@ -62,9 +62,17 @@ def info_lines(engine: Engine) -> list[str]:
         f"memory        weights {mib(info.weight_bytes)}, KV cache {mib(info.kv_bytes)}, "
         f"scratch {mib(info.scratch_bytes)}, file {mib(info.file_bytes)}",
         f"sparse        {sparse_line(info) if info.coverage else 'off'}",
-        f"chat template {'yes' if info.has_chat_template else 'no (prompts are taken raw)'}",
+        f"chat template {template_line(engine)}",
         f"load          {info.load_seconds:.2f} s",
     ]
+
+
+def template_line(engine: Engine) -> str:
+    """Where the chat template comes from."""
+    source = engine.chat_template_source
+    if source.startswith("recognized"):
+        return f"{source} by its special tokens (the file has none)"
+    return {"file": "the file's own", "none": "no (prompts are taken raw)"}.get(source, source)
 
 
 def result_line(result: Result) -> str:
