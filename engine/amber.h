@@ -139,6 +139,8 @@ typedef struct amber_engine_info {
     double skipped;  /* share of them that this machine's kernels leave out; the rest is computed */
     int32_t n_expert, n_expert_used; /* 0: no mixture of experts */
     int32_t window;                  /* positions that windowed layers see; 0: no such layers */
+    int64_t layer_multiplications;   /* of the layers' projections, for one token */
+    int64_t token_bytes;             /* of weight matrices that one token's decoding reads */
 } amber_engine_info;
 
 typedef struct amber_memory {

@@ -184,6 +184,7 @@ void amber_engine_get_info(const amber_engine *engine, amber_engine_info *info) 
         .coverage = m->coverage,
         .skipped = model_skipped(m, &engine->kernels),
     };
+    model_work(m, &full.layer_multiplications, &full.token_bytes);
     plan_describe(&m->plan, full.sparse, sizeof full.sparse);
     snprintf(full.architecture, sizeof full.architecture, "%s", s->arch->name);
     snprintf(full.isa, sizeof full.isa, "%s", engine->kernels.isa);

@@ -515,9 +515,31 @@ static double sparse_share(const struct plan *plan, const struct shape *s,
             int keep = kernels ? amber_nm_listed(kernels, &rule->pattern) : 0;
             if (!kernels) share += work + chosen;
             if (keep) share += work * (16 - keep) / 16;
+            int alone = kernels ? amber_nm_listed_alone(kernels, &rule->pattern) : 0;
+            if (alone) share += chosen * (16 - alone) / 16;
         }
     }
     return share / total;
+}
+
+void model_work(const struct model *m, int64_t *multiplications, int64_t *bytes) {
+    const struct shape *s = &m->shape;
+    *multiplications = 0;
+    *bytes = linear_bytes(s->n_vocab, s->n_embd, m->float_weights);
+    for (int il = 0; il < s->n_layer; il++) {
+        struct projection p[N_PROJ], expert[3];
+        projections(s, il, p);
+        expert_projections(s, expert);
+        for (int i = 0; i < N_PROJ; i++) {
+            *multiplications += (int64_t)p[i].n_out * p[i].n_in;
+            *bytes += linear_bytes(p[i].n_out, p[i].n_in, m->float_weights);
+        }
+        for (int i = 0; i < 3 && s->mixture[il]; i++) {
+            *multiplications += s->n_expert_used * (int64_t)expert[i].n_out * expert[i].n_in;
+            *bytes +=
+                s->n_expert_used * linear_bytes(expert[i].n_out, expert[i].n_in, m->float_weights);
+        }
+    }
 }
 
 double model_skipped(const struct model *m, const struct amber_kernels *kernels) {

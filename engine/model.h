@@ -131,6 +131,9 @@ amber_status model_load(struct gguf_file *file, const amber_engine_options *opti
 void model_free(struct model *model);
 /* Memory that lives as long as the model; NULL where there is none. */
 void *model_keep(struct model *model, size_t bytes);
+/* What one token costs: multiplications of the layers' projections, and bytes of all matrices that it
+ * reads, the head's included. */
+void model_work(const struct model *model, int64_t *multiplications, int64_t *bytes);
 /* Share of the layers' multiplications that the plan saves with these kernels in a long prompt. */
 double model_skipped(const struct model *model, const struct amber_kernels *kernels);
 /* Bytes that model_load would hold for this file, without converting anything. */

@@ -9,6 +9,9 @@
  * cores. */
 enum { MIN_SHARED = 1 << 17 };
 
+/* Rows from which on products over lists are faster than dense ones. */
+enum { MIN_LISTED = 24 };
+
 /* A job of one row does not pay the other threads' wake-up. */
 static inline void run_rows(struct batch *b, amber_work_fn work, void *ctx) {
     if (b->rows <= 1)
@@ -42,5 +45,7 @@ void choose_expert_input(struct batch *b, const struct linear *w, struct activat
 void make_expert_row(const struct batch *b, const struct activation *in, int i, int r, int ith);
 /* Rows of an input that are all pruned or all dense. */
 struct amber_a8 rows_of(const struct activation *in, int first, int rows, bool pruned);
+/* Quads of 16 that lists of the experts' rows would name; 0: lists do not serve. */
+int expert_keep(const struct batch *b, const struct activation *in);
 
 #endif

@@ -86,6 +86,11 @@ void op_route(struct batch *b, int il) {
 
 /* ---- gathered rows ---- */
 
+struct hidden_job {
+    struct batch *b;
+    struct activation *in;
+};
+
 struct gather_job {
     struct batch *b;
     const struct activation *from;
@@ -122,6 +127,60 @@ static void shape_like(struct activation *to, const struct activation *from, int
     to->a8.rows = rows;
 }
 
+/* ---- lists ----
+ *
+ * Rows of one expert are paired among themselves, expert e's from pair expert_at[e] / 2 + e on. */
+
+static int64_t first_pair(const struct batch *b, int e) {
+    return b->expert_at[e] / 2 + e;
+}
+
+static int expert_count(const struct batch *b, int e) {
+    return b->expert_at[e + 1] - b->expert_at[e];
+}
+
+/* The rows of expert e as an operand. */
+static struct amber_a8 expert_rows(const struct batch *b, const struct activation *in, int e) {
+    return rows_of(in, b->expert_at[e], expert_count(b, e), true);
+}
+
+static struct amber_nm expert_lists_at(const struct batch *b, const struct activation *in, int e) {
+    struct amber_nm nm = in->nm;
+    nm.lists += first_pair(b, e) * nm.stride;
+    return nm;
+}
+
+static bool is_listed(const struct batch *b, const struct activation *in, int e) {
+    return in->nm.keep && expert_count(b, e) >= MIN_LISTED;
+}
+
+static void list_work(void *ctx, int ith, int nth) {
+    const struct hidden_job *job = ctx;
+    const struct batch *b = job->b;
+    const int n = b->rows * b->model->shape.n_expert_used;
+    const int low = (int)((int64_t)n * ith / nth), high = (int)((int64_t)n * (ith + 1) / nth);
+    for (int e = 0; e < b->model->shape.n_expert; e++) {
+        if (!is_listed(b, job->in, e)) continue;
+        /* Pair i of an expert belongs to the thread that has its first row. */
+        const int at = b->expert_at[e], pairs = amber_nm_pairs(expert_count(b, e), 0);
+        const int p0 = amber_max(low - at + 1, 0) / 2, p1 = amber_max(high - at + 1, 0) / 2;
+        const struct amber_a8 a = expert_rows(b, job->in, e);
+        const struct amber_nm nm = expert_lists_at(b, job->in, e);
+        if (p0 < amber_min(p1, pairs)) b->kernels->pack_nm(&nm, &a, p0, amber_min(p1, pairs));
+    }
+}
+
+/* Lists the rows of gathered[i] where that makes products faster. */
+static void list_gathered(struct batch *b, int i) {
+    struct activation *in = &b->gathered[i];
+    in->nm = (struct amber_nm){.lists = b->expert_lists[i],
+                               .stride = amber_nm_stride(in->a8.k_pad),
+                               .keep = b->expert_lists[i] ? expert_keep(b, in) : 0};
+    if (in->nm.keep) run_rows(b, list_work, &(struct hidden_job){b, in});
+}
+
+/* ---- products ---- */
+
 /* The products of all experts with their rows. Panels of every matrix form one line, each as long as
  * the expert has rows, that is cut into equal parts. */
 struct expert_job {
@@ -137,7 +196,7 @@ static void expert_part(const struct expert_job *job, int i, int e, int panel0, 
     const struct linear *w = &job->w[i][e];
     const struct activation *in = job->in[i];
     const int64_t first = b->expert_at[e];
-    const int rows = b->expert_at[e + 1] - b->expert_at[e];
+    const int rows = expert_count(b, e);
     float *y = job->y[i] + first * w->n_out;
     if (w->f32) {
         struct amber_gemm_f32 g = {.w = w->f32,
@@ -150,13 +209,15 @@ static void expert_part(const struct expert_job *job, int i, int e, int panel0, 
                                    .ldy = w->n_out};
         b->kernels->gemm_f32(&g, panel0 * AMBER_PANEL, amber_min(panel1 * AMBER_PANEL, w->n_out));
     } else {
-        struct amber_gemm_w8a8 g = {
-            .w = in->of ? w->pruned_w8 : w->w8, .a = in->a8, .y = y, .ldy = w->n_out};
-        g.a.q += first * g.a.stride;
-        g.a.scale += first;
-        g.a.sum += first;
-        if (g.a.shift) g.a.shift += first;
-        g.a.rows = rows;
+        struct amber_gemm_w8a8 g = {.w = in->of ? w->pruned_w8 : w->w8,
+                                    .a = expert_rows(b, in, e),
+                                    .y = y,
+                                    .ldy = w->n_out};
+        if (is_listed(b, in, e)) {
+            const struct amber_nm nm = expert_lists_at(b, in, e);
+            b->kernels->gemm_nm(&g, &nm, panel0, panel1);
+            return;
+        }
         b->kernels->gemm_w8a8(&g, panel0, panel1);
     }
 }
@@ -199,11 +260,6 @@ static void run_experts(struct expert_job *job) {
 
 /* ---- between the products, and after them ---- */
 
-struct hidden_job {
-    struct batch *b;
-    struct activation *in;
-};
-
 static void hidden_work(void *ctx, int ith, int nth) {
     const struct hidden_job *job = ctx;
     struct batch *b = job->b;
@@ -235,12 +291,14 @@ void op_experts(struct batch *b, int il) {
     for (int i = 0; i < b->n_inputs; i++) {
         shape_like(&b->gathered[i], &b->in[i], rows);
         run_rows(b, gather_work, &(struct gather_job){b, &b->in[i], &b->gathered[i]});
+        list_gathered(b, i);
     }
     for (int i = 0; i < 2; i++) job.in[i] = &b->gathered[input_of(b, job.w[i]) - b->in];
     run_experts(&job);
 
     choose_expert_input(b, x->down, &b->gathered[0], rows);
     run_rows(b, hidden_work, &(struct hidden_job){b, &b->gathered[0]});
+    list_gathered(b, 0);
     job = (struct expert_job){
         .b = b, .w = {x->down}, .y = {b->expert_out}, .in = {&b->gathered[0]}, .n = 1};
     run_experts(&job);

@@ -5,9 +5,6 @@
 #include <math.h>
 #include <string.h>
 
-/* Rows from which on products over lists are faster than dense ones. */
-enum { MIN_LISTED = 24 };
-
 /* Two projections can read one pruned input where their rules and channel scores agree. */
 static bool same_input(const struct linear *a, const struct linear *b) {
     if (!a || !b) return a == b;
@@ -363,6 +360,11 @@ void op_activate(struct batch *b, const struct linear *w) {
 void choose_expert_input(struct batch *b, const struct linear *w, struct activation *in, int rows) {
     b->n_in = w->n_in;
     choose_input(b, w, in, rows);
+}
+
+int expert_keep(const struct batch *b, const struct activation *in) {
+    if (!in->of || b->model->float_weights || first_pruned(b) > 0) return 0;
+    return amber_nm_listed_alone(b->kernels, &in->of->rule->pattern);
 }
 
 void make_expert_row(const struct batch *b, const struct activation *in, int i, int r, int ith) {

@@ -62,6 +62,11 @@ static bool each_buffer(const struct shape *s, bool floats, const struct plan *p
     const bool with_y =
         s->n_expert || s->arch->norms == NORM_POST || s->arch->norms == NORM_PRE_POST;
     const int64_t expert_wide = amber_max(s->n_embd, s->n_ff_expert);
+    const int64_t list_stride = amber_nm_stride((int)amber_round_up(expert_wide, AMBER_K_ALIGN));
+    for (int i = 0; i < 2 && i < n_lists && slots; i++)
+        if (!each(user, (void **)&b->expert_lists[i], (slots / 2 + s->n_expert) * list_stride,
+                  false))
+            return false;
     for (int i = 0; i < 2 && slots; i++)
         if (!each_input(&b->gathered[i], floats, false, slots, expert_wide, each, user))
             return false;
@@ -102,7 +107,7 @@ static bool count_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     return true;
 }
 
-#define MAX_BUFFERS (26 + 6 * (MAX_INPUTS + 2))
+#define MAX_BUFFERS (28 + 6 * (MAX_INPUTS + 2))
 
 static bool make_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     struct amber_session *session = user;

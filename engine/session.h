@@ -65,6 +65,7 @@ struct batch {
     int32_t *slot;                 /* [slots] in the order of their experts */
     int32_t *expert_at;            /* [n_expert + 1] where an expert's slots begin in that order */
     struct activation gathered[2]; /* rows in that order */
+    uint8_t *expert_lists[2];      /* gathered rows in lists, see expert_lists_at */
     float *expert_out;             /* [slots, n_embd] */
 
     /* KV cache: K, then V of one layer after the other, [n_head_kv, positions, head_dim] each,

@@ -160,6 +160,13 @@ static inline int amber_nm_listed(const struct amber_kernels *k, const struct am
     return keep <= k->nm_most[p->tokens == 2] ? keep : 0;
 }
 
+/* The same for rows that were taken out of their pairs: every mask is then private. */
+static inline int amber_nm_listed_alone(const struct amber_kernels *k,
+                                        const struct amber_pattern *p) {
+    int keep = k->gemm_nm ? amber_nm_keep(p) : 0;
+    return keep <= k->nm_most[0] ? keep : 0;
+}
+
 /* Quantizes (by the rules of quantize_row) and packs weight panel `panel`: rows o = 16 * panel ..
  * of the float matrix, of which n_rows <= 16 exist. src [n_rows, n_in] float32; q, scale: the whole
  * matrix's. Portable C: it runs once per model. */

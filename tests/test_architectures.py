@@ -211,3 +211,37 @@ def test_info_tells_of_experts_and_windows() -> None:
     with amber.Engine(GOLDEN / "cohere2.gguf") as engine:
         info = engine.info
         assert (info.n_expert, info.n_expert_used, info.window) == (0, 0, 12)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2moe", "qwen3moe"])
+@pytest.mark.parametrize("plan", ["8:16x4@all", "4:16x4t2@all", "8:16x4/dpts/var@gate,down"])
+def test_experts_rows_in_lists(name: str, plan: str) -> None:
+    """Kernels that skip what is pruned give what plain ones give, whatever the threads."""
+    tokens = (3 * maker.prompts(name)[-2])[:500]
+    results = []
+    for isa, threads in ((None, 1), (None, 2), ("ref", 2)):
+        with amber.Engine(
+            GOLDEN / f"{name}.gguf", sparse=plan, isa=isa, threads=threads, n_ctx=512
+        ) as engine:
+            results.append(engine.logits(tokens, all=True))
+    assert np.array_equal(results[0], results[1])
+    # Norms and softmax are summed in another order by every column; INT8 rounding then makes steps.
+    assert kl(results[0], results[2].astype(np.float64)) < 1e-3
+
+
+def test_work_of_a_mixture() -> None:
+    """One token uses the attention, the router's choice of experts, and the shared one."""
+    reader = GGUFReader(GOLDEN / "qwen2moe.gguf")
+    count = {"exps": 0, "other": 0}
+    for tensor in reader.tensors:
+        if tensor.name.startswith("blk.") and "gate_inp" not in tensor.name:
+            count["exps" if "_exps" in tensor.name else "other"] += (
+                tensor.n_elements if len(tensor.shape) > 1 else 0
+            )
+    with amber.Engine(GOLDEN / "qwen2moe.gguf") as engine:
+        assert engine.info.layer_multiplications == count["other"] + count["exps"] * 3 // 8
+        one = engine.info.token_bytes
+    head = 64 * 320
+    assert engine.info.layer_multiplications + head < one
+    with amber.Engine(GOLDEN / "qwen2moe.gguf", precision="float") as engine:
+        assert engine.info.token_bytes == 4 * (engine.info.layer_multiplications + head)

@@ -71,16 +71,14 @@ def work(job: Job, info: dict[str, Any]) -> float:
 
     pp: operations of the linear layers, a multiply and its addition counting as two, the output
     head for the last token alone; attention is not counted, and what a sparse layer skips is
-    counted as if it were done. tg: bytes of weights, each once a
-    token, and of the KV cache as it grows.
+    counted as if it were done. tg: bytes of weights, each that a token needs once, and of the KV
+    cache as it grows, windows not considered.
     """
-    kv_width = info["n_head_kv"] * info["head_dim"]
     if job.kind == "pp":
-        attention = info["n_embd"] * 2 * (info["n_head"] * info["head_dim"] + kv_width)
-        layers = info["n_layer"] * (attention + 3 * info["n_embd"] * info["n_ff"])
-        return 2.0 * (layers * job.n + info["n_embd"] * info["n_vocab"])
+        return 2.0 * (info["layer_multiplications"] * job.n + info["n_embd"] * info["n_vocab"])
+    kv_width = info["n_head_kv"] * info["head_dim"]
     kv_bytes = 2 * info["n_layer"] * kv_width * (4 if info["precision"] == "float" else 2)
-    return job.n * (info["weight_bytes"] + kv_bytes * (job.depth + job.n / 2))
+    return job.n * (info["token_bytes"] + kv_bytes * (job.depth + job.n / 2))
 
 
 @functools.cache

@@ -71,6 +71,8 @@ class EngineInfo:
     n_expert: int  # 0: no mixture of experts
     n_expert_used: int
     window: int  # positions that windowed layers see; 0: no such layers
+    layer_multiplications: int  # of the layers' projections, for one token
+    token_bytes: int  # of weight matrices that one token's decoding reads
 
 
 @dataclass(frozen=True, slots=True)
