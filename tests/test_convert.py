@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -11,8 +12,12 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 
 import amber
+import make_architectures as maker
+import tokenizer_oracles as oracles
+from amber import convert_tokenizer as ct
 from amber import quantize as q
 from amber.convert import Config, Folder, Rope, config_keys, write_gguf
 from amber.safetensors import read_folder
@@ -504,6 +509,193 @@ def test_norms_of_gemma_hold_one_more(tmp_path: Path) -> None:
     assert "output.weight" not in tensors  # tied, which its class has by default
     cut = (norm.view(np.uint32) & 0xFFFF0000).view(np.float32)
     assert np.array_equal(tensors["output_norm.weight"], cut + np.float32(1))
+
+
+# ---- tokenizers ----
+
+
+def pre_tokenizer(steps: tuple[str, ...]) -> dict[str, Any]:
+    """tokenizer.json's pre_tokenizer of some steps of PRETOKENIZERS."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    known = {
+        ct.GPT2: byte_level | {"use_regex": True},
+        ct.DIGIT: {"type": "Digits", "individual_digits": True},
+        ct.DIGITS: {"type": "Digits", "individual_digits": False},
+        ct.PUNCTUATION: {"type": "Punctuation", "behavior": "Contiguous"},
+    }
+    made = [
+        known.get(step) or {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated",
+                            "invert": False}
+        for step in steps
+    ]  # fmt: skip
+    if ct.GPT2 not in steps:
+        made.append(byte_level | {"use_regex": False})
+    return made[0] if len(made) == 1 else {"type": "Sequence", "pretokenizers": made}
+
+
+def embedded(folder: Path, n_vocab: int) -> Path:
+    rows = np.zeros((n_vocab, 32), np.float32)
+    return tiny(folder, embed_tokens=rows, lm_head=rows)
+
+
+@pytest.mark.parametrize(
+    "steps", ct.PRETOKENIZERS, ids=lambda s: ct.PRETOKENIZERS[s][0] or "tekken"
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_byte_level_tokenizer(tmp_path: Path, steps: tuple[str, ...], whole: bool) -> None:
+    """Amber's ids with the converted vocabulary are those of the folder's tokenizer.json."""
+    name = ct.PRETOKENIZERS[steps][1 if whole and ct.PRETOKENIZERS[steps][1] else 0]
+    maker.write_bpe(tmp_path, "dbrx")
+    path = tmp_path / "tokenizer.json"
+    described = json.loads(path.read_text())
+    described["pre_tokenizer"] = pre_tokenizer(steps)
+    described["model"]["ignore_merges"] = whole
+    write_json(path, described)
+    folder = embedded(tmp_path, 320)
+    if name is None:
+        with pytest.raises(amber.UnsupportedModelError, match="a pre-tokenizer that is not known"):
+            write_gguf(folder, tmp_path / "out.gguf")
+        return
+    write_gguf(folder, tmp_path / "out.gguf")
+    tokenizer = amber.Tokenizer(tmp_path / "out.gguf")
+    reference = tokenizers.Tokenizer.from_file(str(path))
+    keys, _ = contents(tmp_path / "out.gguf")
+    assert keys["tokenizer.ggml.pre"] == name
+    texts = [*oracles.texts(150, seed=21), "'S <|turn|>the 1234'll\r\n\r\n  and"]
+    # Words that only a merge of others gives, where a whole word is taken at once.
+    if name in ("llama-bpe", "tekken", "dbrx", "gpt-2"):
+        texts += ["the", " the", "and", "ing ing"]
+    same = whole == (name in ("llama-bpe", "tekken"))
+    for text in texts if same else ():
+        want = reference.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, add_special=False, parse_special=True) == want, text
+    # END and the turn's mark end a generation, as generation_config.json says.
+    marks = [tokenizer.token_id(mark) for mark in (maker.END, "<|turn|>")]
+    assert set(marks) <= set(tokenizer.eog_tokens())
+    assert keys["tokenizer.chat_template"] == maker.TEMPLATE
+
+
+@pytest.mark.parametrize("style", ["llama", "gemma", "metaspace"])
+def test_pieces_in_tokenizer_json(tmp_path: Path, style: str) -> None:
+    """A SentencePiece vocabulary in Hugging Face's file: its ids, and those of tokenizer.model."""
+    pytest.importorskip("google.protobuf")
+    folder = embedded(tmp_path, 320)
+    maker.write_spm(folder)
+    out, other = tmp_path / "json.gguf", tmp_path / "model.gguf"
+    write_gguf(folder, other)
+    keys, _ = contents(other)
+    pieces, scores = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.scores"]
+    kinds = keys["tokenizer.ggml.token_type"]
+    words = [i for i, kind in enumerate(kinds) if kind == 1]
+    known = {pieces[i] for i in words}
+    merges = [
+        [pieces[i][:cut], pieces[i][cut:]]
+        for i in sorted(words, key=lambda i: -scores[i])
+        for cut in range(1, len(pieces[i]))
+        if pieces[i][:cut] in known and pieces[i][cut:] in known
+    ]
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    normalizer = {"llama": {"type": "Sequence", "normalizers": [prepend, space]}, "gemma": space}
+    described = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": pieces[i], "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False, "special": True}
+                         for i in (0, 1, 2)],
+        "normalizer": normalizer.get(style), "decoder": None, "post_processor": None,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "split": False,
+                          "prepend_scheme": "always"} if style == "metaspace" else None,
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True,
+                  "byte_fallback": True, "ignore_merges": False, "merges": merges,
+                  "vocab": {pieces[i]: i for i, kind in enumerate(kinds) if kind != 5}},
+    }  # fmt: skip
+    (folder / "tokenizer.model").unlink()
+    write_json(folder / "tokenizer.json", described)
+    write_gguf(folder, out)
+    ours, of_model = amber.Tokenizer(out), amber.Tokenizer(other)
+    reference = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert contents(out)[0]["tokenizer.ggml.add_space_prefix"] == (style != "gemma")
+    for text in ["The lost and the other", *oracles.texts(150, seed=22)]:
+        text = text.replace("<s>", "")
+        if style == "metaspace":  # puts no space in front of another, which SentencePiece does
+            text = text.lstrip(" \u2581")
+        want = reference.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, add_special=False) == want, text
+        if style != "gemma":
+            assert of_model.encode(text, add_special=False) == want
+
+
+def test_special_tokens_and_flags(tmp_path: Path) -> None:
+    """Who says what BOS and EOS are and whether they are added: tokenizer_config.json, then the
+    post-processor; then config.json."""
+    folder = embedded(tmp_path, 320)
+    maker.write_bpe(folder, "llama-bpe")
+    out = tmp_path / "out.gguf"
+    described = json.loads((folder / "tokenizer.json").read_text())
+    ids = {t["content"]: t["id"] for t in described["added_tokens"]}
+    begin, end, turn = maker.SPECIALS
+
+    def converted(config: dict | None = None, **model: Any) -> tuple[dict, amber.Tokenizer]:
+        if config is not None:
+            write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "config.json", CONFIG | model)
+        write_gguf(folder, out)
+        keys, _ = contents(out)
+        return {k.removeprefix("tokenizer."): v for k, v in keys.items()}, amber.Tokenizer(out)
+
+    keys, tokenizer = converted()
+    assert (keys["ggml.bos_token_id"], keys["ggml.eos_token_id"]) == (ids[begin], ids[end])
+    assert keys["ggml.add_bos_token"] is True and keys["ggml.add_eos_token"] is False
+    assert keys["ggml.eot_token_id"] == ids[turn]
+    assert tokenizer.encode("a")[0] == ids[begin]
+    keys, tokenizer = converted({"add_bos_token": False, "bos_token": begin, "eos_token": turn})
+    assert keys["ggml.eos_token_id"] == ids[turn] and keys["ggml.add_bos_token"] is False
+    assert {tokenizer.token_text(t) for t in tokenizer.eog_tokens()} >= {end, turn}
+    (folder / "generation_config.json").unlink()
+    keys, _ = converted({"bos_token": None}, bos_token_id=ids[begin],
+                        eos_token_id=[ids[turn], ids[end]])  # fmt: skip
+    assert keys["ggml.bos_token_id"] == ids[begin]
+    assert (keys["ggml.eos_token_id"], keys["ggml.eot_token_id"]) == (ids[turn], ids[end])
+    templates = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    keys, _ = converted({"chat_template": templates})
+    assert (keys["chat_template"], keys["chat_template.tool_use"]) == ("a", "b")
+    assert keys["chat_templates"] == ["tool_use"]
+    (folder / "chat_template.jinja").write_text("c")
+    assert converted()[0]["chat_template"] == "c"
+    (folder / "chat_template.jinja").unlink()
+    assert "chat_template" not in converted({})[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.update(model={"type": "Unigram"}), "type Unigram"),
+        (lambda d: d.update(model=None), "type None"),
+        (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "pre-tokenizer.*Whitespace"),
+        (lambda d: d.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
+        (lambda d: d["model"].update(vocab=[1]), "expected token ids by text"),
+        (lambda d: d["model"].update(vocab={"a": -1}), "expected token ids by text"),
+        (lambda d: d["model"].update(merges={"a": 1}), "merges: expected a list"),
+        (lambda d: d["model"].update(merges=["a b c"]), "expected pairs"),
+        (lambda d: d["model"].update(merges=[7]), "not of the form"),
+        (lambda d: d.update(added_tokens=[{"id": "x", "content": "y"}]), "added_tokens"),
+        (lambda d: d.update(added_tokens=7), "not of the form"),
+        (lambda d: d.update(post_processor=[1]), "not of the form|^$"),
+        (lambda d: d["pre_tokenizer"].update(pretokenizers=[3]), "not of the form"),
+    ],
+)
+def test_bad_tokenizers(tmp_path: Path, change: Any, words: str) -> None:
+    folder = embedded(tmp_path, 320)
+    maker.write_bpe(folder, "llama-bpe")
+    described = json.loads((folder / "tokenizer.json").read_text())
+    change(described)
+    write_json(folder / "tokenizer.json", described)
+    try:
+        write_gguf(folder, tmp_path / "out.gguf")
+    except (amber.FileFormatError, amber.UnsupportedModelError) as error:
+        assert re.search(words, str(error))
+    else:
+        assert re.search(words, "")  # the value is not looked at
 
 
 # ---- what cannot be converted ----

@@ -68,6 +68,8 @@ def _steps(node: Any) -> list[str]:
     kind = node.get("type")
     if kind == "Sequence":
         return [step for child in node.get("pretokenizers", ()) for step in _steps(child)]
+    if kind == "ByteLevel" and node.get("add_prefix_space"):
+        return ["<ByteLevel with a space in front>"]
     if kind == "ByteLevel":
         return [GPT2] if node.get("use_regex", True) else []
     if kind == "Digits":
