@@ -30,15 +30,20 @@
 #ifndef AMBER_CUDA_LAYOUT_H
 #define AMBER_CUDA_LAYOUT_H
 
+#include "device.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
 #if defined(__CUDACC__)
-#define AMBER_HD     static __host__ __device__ __forceinline__
-#define AMBER_UNROLL _Pragma("unroll")
+#define AMBER_HD           static __host__ __device__ __forceinline__
+#define AMBER_UNROLL       _Pragma("unroll")
+#define AMBER_UNROLL_BY(n) AMBER_PRAGMA(unroll n)
+#define AMBER_PRAGMA(text) _Pragma(#text)
 #else
 #define AMBER_HD static inline __attribute__((always_inline))
 #define AMBER_UNROLL
+#define AMBER_UNROLL_BY(n)
 #endif
 
 #define FRAG_BLOCK 64 /* channels of a block */
@@ -47,9 +52,6 @@
 #define FRAG_BYTES 512
 /* Metadata that names places 0 and 1 everywhere: legal, for rows that hold nothing. */
 #define FRAG_EMPTY_META 0x44444444u
-
-/* How the input of a matrix product is stored. */
-enum frag_form { FORM_DENSE, FORM_24, FORM_R32, FORM_R16, FORM_816X, N_FORMS };
 
 /* Blocks of channels in a period, and blocks of windows behind them. */
 AMBER_HD int frag_base(int form) {
