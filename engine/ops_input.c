@@ -155,6 +155,25 @@ static void store_row(const struct batch *b, const struct activation *in, int r,
                                  row, b->n_in, in->a8.k_pad);
 }
 
+static const float *pruning_score(const struct batch *b, const struct activation *in) {
+    return in->of->rule->criterion == CRITERION_CLACT ? b->column_norm : in->of->score;
+}
+
+/* Of an input in lists: the rows that are, and the pair that row r begins. */
+static struct amber_a8 listed_rows(const struct batch *b, const struct activation *in) {
+    return rows_of(in, in->pruned_from, b->rows - in->pruned_from, true);
+}
+static int listed_pair(const struct activation *in, int r) {
+    return (r - in->pruned_from + in->nm.first) / 2;
+}
+
+/* Rows that are only pruned need no step between. */
+static bool lists_at_once(const struct batch *b, const struct activation *in) {
+    const struct rule *rule = in->of->rule;
+    return b->kernels->list_rows && !rule->var && !rule->rank && !rule_shift_is_dynamic(rule) &&
+           !in->of->shift;
+}
+
 /* One or two neighbouring rows under one rule: z = x - shift, prune, then what the rule gives back.
  * INT8 rows carry the VAR factor in their scale and a shift of their own beside it, for the epilogue;
  * float rows are written out in full. The file's shifts come back with the biases. z [rows, n] and
@@ -177,8 +196,7 @@ static void store_pruned(const struct batch *b, const struct activation *in, int
         if (rule->rank) memcpy(in->rest + (int64_t)(r + i) * n, row, sizeof *row * (size_t)n);
         if (rule->var) var[i] = variance(row, n);
     }
-    const float *score = rule->criterion == CRITERION_CLACT ? b->column_norm : in->of->score;
-    b->kernels->prune(&rule->pattern, z, n, rows, score, n, prune_scratch);
+    b->kernels->prune(&rule->pattern, z, n, rows, pruning_score(b, in), n, prune_scratch);
     for (int i = 0; i < rows; i++) {
         float *row = z + (int64_t)i * n;
         if (rule->rank) {
@@ -241,6 +259,12 @@ static void input_work(void *ctx, int ith, int nth) {
         bool protected = r0 < first_pruned(b);
         for (int i = 0; i < b->n_inputs; i++) {
             const struct activation *in = &b->in[i];
+            if (in->nm.keep && !protected && lists_at_once(b, in)) {
+                const struct amber_a8 listed = listed_rows(b, in);
+                b->kernels->list_rows(&in->of->rule->pattern, &in->nm, &listed, listed_pair(in, r0),
+                                      x, pruning_score(b, in), n);
+                continue;
+            }
             if (in->of && !protected && in->of->rule->pattern.tokens == 2) {
                 store_pruned(b, in, r0, rows, x, scratch.z, scratch.work, scratch.prune);
             } else {
@@ -253,8 +277,8 @@ static void input_work(void *ctx, int ith, int nth) {
                 }
             }
             if (in->nm.keep && !protected) {
-                const int from = in->pruned_from, pair = (r0 - from + in->nm.first) / 2;
-                const struct amber_a8 listed = rows_of(in, from, b->rows - from, true);
+                const struct amber_a8 listed = listed_rows(b, in);
+                const int pair = listed_pair(in, r0);
                 b->kernels->pack_nm(&in->nm, &listed, pair, pair + 1);
             }
         }

@@ -143,6 +143,7 @@ struct amber_kernels {
      * column has none that is faster than its dense product. */
     amber_pack_nm_fn pack_nm;
     amber_gemm_nm_fn gemm_nm;
+    amber_list_rows_fn list_rows; /* NULL: the three steps one after the other */
     int nm_most[2]; /* the largest `keep` at which it is faster: private masks, masks of pairs */
     /* Outputs out0..out1-1 of all rows. Each output's sum has one order, whatever the tile. */
     void (*gemm_f32)(const struct amber_gemm_f32 *g, int out0, int out1);

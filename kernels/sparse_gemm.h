@@ -72,6 +72,14 @@ static inline int amber_nm_rows(const struct amber_nm *nm, int pair, int rows) {
     return left < most ? left : most;
 }
 
+struct amber_pattern;
+/* One pair of rows pruned, quantized and listed at once, as prune, quantize_row and pack_nm would one
+ * after the other; a->scale and a->sum are written, a->q is not. x [rows of the pair, n] float32 stays
+ * as it is; f [n] or NULL as prune's. A quad is listed where the pattern keeps it, whatever its values
+ * round to. Needs amber_nm_keep(p) == nm->keep < 16. */
+typedef void (*amber_list_rows_fn)(const struct amber_pattern *p, const struct amber_nm *nm,
+                                   const struct amber_a8 *a, int pair, const float *x,
+                                   const float *f, int n);
 /* Lists the quads of pairs pair0..pair1-1 of the rows a.q. */
 typedef void (*amber_pack_nm_fn)(const struct amber_nm *nm, const struct amber_a8 *a, int pair0,
                                  int pair1);
@@ -86,6 +94,9 @@ void amber_gemm_nm_ref(const struct amber_gemm_w8a8 *g, const struct amber_nm *n
 void amber_pack_nm_avx2(const struct amber_nm *nm, const struct amber_a8 *a, int pair0, int pair1);
 void amber_pack_nm_avx512vnni(const struct amber_nm *nm, const struct amber_a8 *a, int pair0,
                               int pair1);
+void amber_list_rows_avx512vnni(const struct amber_pattern *p, const struct amber_nm *nm,
+                                const struct amber_a8 *a, int pair, const float *x, const float *f,
+                                int n);
 void amber_gemm_nm_avx2(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm, int panel0,
                         int panel1);
 void amber_gemm_nm_avxvnni(const struct amber_gemm_w8a8 *g, const struct amber_nm *nm, int panel0,

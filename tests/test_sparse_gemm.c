@@ -8,6 +8,7 @@
 #include "session.h"
 #include "tiny_gguf.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -264,6 +265,102 @@ static void test_products(void) {
     check(301, 1, 33, 2048, 12, MIXED);
 }
 
+/* ---- straight to lists ---- */
+
+/* Rows of several sizes; some zero, tiny, not finite, full of ties. */
+static void fill_floats(float *x, int rows, int n) {
+    for (int r = 0; r < rows; r++) {
+        float *row = x + (int64_t)r * n;
+        const int kind = (int)(random_bits() % 8);
+        for (int k = 0; k < n; k++) {
+            row[k] = uniform() * (random_bits() % 50 ? 1.0f : 30.0f);
+            if (kind == 1) row[k] = 0;
+            if (kind == 2) row[k] = random_bits() % 2 ? 1.0f : -1.0f;
+            if (kind == 3) row[k] *= 1e-38f;
+        }
+        if (kind == 4) row[random_bits() % (uint32_t)n] = INFINITY;
+        if (kind == 5) row[random_bits() % (uint32_t)n] = NAN;
+        if (kind == 6) row[n - 1] = 1000;
+    }
+}
+
+/* list_rows against prune, quantize_row and the dense product of what these make. */
+static void check_list_rows(const struct amber_kernels *k, const char *text, int rows, int first,
+                            int n, bool weighted) {
+    enum { OUTPUTS = 20 };
+    struct amber_pattern pattern;
+    char why[160];
+    CHECK(amber_pattern_parse(text, strlen(text), &pattern, why, sizeof why));
+    const int k_pad = (n + 63) / 64 * 64;
+    const size_t stride = (size_t)amber_a8_stride(k_pad), y_bytes = sizeof(float) * OUTPUTS;
+    float *x = buffer(sizeof *x * (size_t)rows * (size_t)n), *f = NULL;
+    float *z = buffer(sizeof *z * 2 * (size_t)n);
+    void *scratch = buffer(amber_prune_scratch(n));
+    uint8_t *w = buffer(32 * (size_t)k_pad);
+    float *scale = buffer(sizeof *scale * 32), *y[2];
+    for (int i = 0; i < 2; i++) y[i] = buffer(y_bytes * (size_t)rows);
+    struct amber_a8 a[2];
+    for (int i = 0; i < 2; i++)
+        a[i] = (struct amber_a8){.q = buffer((size_t)rows * stride),
+                                 .scale = buffer(sizeof(float) * (size_t)rows),
+                                 .sum = buffer(sizeof(int32_t) * (size_t)rows),
+                                 .rows = rows,
+                                 .k_pad = k_pad,
+                                 .stride = (int64_t)stride};
+    fill_floats(x, rows, n);
+    if (weighted) {
+        f = buffer(sizeof *f * (size_t)n);
+        for (int i = 0; i < n; i++) f[i] = 1 + fabsf(uniform());
+    }
+    for (int i = 0; i < 32 * k_pad; i++) w[i] = (uint8_t)(1 + random_bits() % 255);
+    for (int i = 0; i < 32; i++) scale[i] = 0.01f;
+    const int pairs = amber_nm_pairs(rows, first);
+    struct amber_nm nm = {.stride = amber_nm_stride(k_pad), .keep = amber_nm_keep(&pattern)};
+    nm.first = first;
+    nm.lists = buffer((size_t)(pairs * nm.stride));
+    for (int pair = 0; pair < pairs; pair++) {
+        const int r0 = amber_nm_row(&nm, pair), count = amber_nm_rows(&nm, pair, rows);
+        k->list_rows(&pattern, &nm, &a[0], pair, x + (int64_t)r0 * n, f, n);
+        memcpy(z, x + (int64_t)r0 * n, sizeof *z * (size_t)n * (size_t)count);
+        for (int i = 0; i < count; i += pattern.tokens)
+            amber_prune_ref(&pattern, z + (int64_t)i * n, n,
+                            pattern.tokens < count ? pattern.tokens : count, f, n, scratch);
+        for (int i = 0; i < count; i++)
+            k->quantize_row(a[1].q + (r0 + i) * a[1].stride, &a[1].scale[r0 + i], &a[1].sum[r0 + i],
+                            z + (int64_t)i * n, n, k_pad);
+    }
+    struct amber_gemm_w8a8 g = {
+        .w = {.q = w, .scale = scale, .n_out = OUTPUTS, .n_in = n, .k_pad = k_pad},
+        .a = a[0],
+        .y = y[0],
+        .ldy = OUTPUTS};
+    k->gemm_nm(&g, &nm, 0, 2);
+    g.a = a[1];
+    g.y = y[1];
+    k->gemm_w8a8(&g, 0, 2);
+    const bool same = memcmp(a[0].scale, a[1].scale, sizeof(float) * (size_t)rows) == 0 &&
+                      memcmp(a[0].sum, a[1].sum, sizeof(int32_t) * (size_t)rows) == 0;
+    if (!CHECK(same) || !CHECK(memcmp(y[0], y[1], y_bytes * (size_t)rows) == 0))
+        fprintf(stderr, "    list_rows %s: %s, %d rows of %d, first %d, factors %d\n", k->isa, text,
+                rows, n, first, weighted);
+    release();
+}
+
+static void test_list_rows(void) {
+    static const char *const patterns[] = {"8:16x4t2", "8:16x4", "1:16x4t2", "11:16x4", "2:4x4t2",
+                                           "1:4x4",    "1:2x4",  "1:2x4t2",  "3:8x4t2", "5:8x4"};
+    static const int sizes[] = {1, 4, 60, 64, 68, 100, 192, 256, 257, 1000, 2048, 2052, 4160};
+    for (int i = 0; i < n_versions; i++) {
+        struct amber_kernels k;
+        if (!amber_kernels_select(&k, versions[i].isa) || !k.list_rows) continue;
+        for (size_t p = 0; p < sizeof patterns / sizeof patterns[0]; p++)
+            for (size_t s = 0; s < sizeof sizes / sizeof sizes[0]; s++)
+                for (int t = 0; t < 4; t++)
+                    check_list_rows(&k, patterns[p], 1 + (int)(random_bits() % 12), t % 2, sizes[s],
+                                    t / 2);
+    }
+}
+
 static void test_keep(void) {
     static const struct {
         const char *text;
@@ -366,6 +463,7 @@ int main(void) {
     find_versions();
     test_keep();
     test_products();
+    test_list_rows();
     test_models();
     return check_summary();
 }

@@ -60,6 +60,10 @@ static void prepare(const struct amber_kernels *k, struct config *c, const float
     for (int r = 0; r < a->rows; r += step) {
         const float *row = x + (int64_t)r * n;
         int rows = a->rows - r < step ? 1 : step;
+        if (step == 2 && k->list_rows) {
+            k->list_rows(&c->p, &c->nm, a, r / 2, row, NULL, n);
+            continue;
+        }
         if (step == 2) {
             memcpy(z, row, sizeof *z * (size_t)n * (size_t)rows);
             for (int i = 0; i < rows; i += c->p.tokens)
@@ -155,6 +159,9 @@ static void compare(const struct amber_kernels *k, int n_out, int n_in, int rows
                 .a = c->a,
                 .y = configs[0].y,
                 .ldy = n_out};
+            struct amber_kernels plain = *k;
+            plain.list_rows = NULL; /* which writes no rows */
+            prepare(&plain, c, x, n_in, z);
             k->gemm_w8a8(&d, 0, panels);
             if (memcmp(d.y, c->y, sizeof(float) * (size_t)rows * (size_t)n_out)) {
                 printf("    differs from the dense product\n");

@@ -56,6 +56,7 @@ static bool kernels_avx512vnni(struct amber_kernels *k) {
     k->gemm_w8a8 = amber_gemm_w8a8_avx512vnni;
     k->pack_nm = amber_pack_nm_avx512vnni;
     k->gemm_nm = amber_gemm_nm_avx512vnni;
+    k->list_rows = amber_list_rows_avx512vnni;
     k->nm_most[0] = 11;
     k->nm_most[1] = 12;
     return true;
@@ -67,6 +68,7 @@ static bool kernels_amx(struct amber_kernels *k) {
     k->gemm_w8a8 = amber_gemm_w8a8_amx;
     k->pack_nm = NULL; /* dense tiles are several times faster */
     k->gemm_nm = NULL;
+    k->list_rows = NULL;
     return true;
 }
 #endif
