@@ -481,6 +481,7 @@ def test_experts(tmp_path: Path, style: str, model: str) -> None:
               "num_experts_per_tok": 2}  # fmt: skip
     folder = tiny(tmp_path / "model", change, gate_proj=None, up_proj=None, down_proj=None)
     layer = moe_layer(style, np.random.default_rng(3))
+    (folder / "model.safetensors").rename(folder / "rest.safetensors")
     write_safetensors(folder / "experts.safetensors", layer)
     out = tmp_path / "out.gguf"
     write_gguf(folder, out, "f32", synthetic_vocab=True)
@@ -666,6 +667,27 @@ def test_special_tokens_and_flags(tmp_path: Path) -> None:
     assert "chat_template" not in converted({})[0]
 
 
+def test_special_tokens_that_swallow_space(tmp_path: Path) -> None:
+    """Phi-3's, as its tokenizer.json says; readers know that by the model's name."""
+    pytest.importorskip("google.protobuf")
+    folder, out = embedded(tmp_path / "mini", 320), tmp_path / "out.gguf"
+    maker.write_spm(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (place,) = config["added_tokens_decoder"]
+    config["added_tokens_decoder"][place]["content"] = "<|end|>"
+    write_json(folder / "tokenizer_config.json", config)
+    for swallows, name in ((False, "mini"), (True, "Phi-3 mini")):
+        added = {"id": int(place), "content": "<|end|>", "special": True, "rstrip": swallows}
+        write_json(folder / "tokenizer.json", {"added_tokens": [added]})
+        write_gguf(folder, out)
+        assert contents(out)[0]["general.name"] == name
+        tokenizer = amber.Tokenizer(out)
+        with_space, without = (
+            tokenizer.encode(text, parse_special=True) for text in ("a<|end|> \n t", "a<|end|>t")
+        )
+        assert (with_space == without) == swallows
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -794,6 +816,9 @@ def test_bad_folders(tmp_path: Path) -> None:
         refused(folder, words)
     index.unlink()
     (folder / "copy.safetensors").write_bytes(whole)
+    write_gguf(folder, out, "f32", synthetic_vocab=True)  # a copy beside it is not looked at
+    out.unlink()
+    file.rename(folder / "part.safetensors")
     refused(folder, "found in another file too")
     with pytest.raises(amber.ArgumentError, match="dtype"):
         write_gguf(folder, out, "int4")

@@ -97,6 +97,23 @@ def test_equals_hugging_face(testdata, name):
     assert [tokenizer.decode(x) for x in ids] == texts
 
 
+@pytest.mark.parametrize("name", BPE)
+def test_special_tokens_equal_hugging_face(testdata, name):
+    path = vocabulary_path(testdata, name)
+    tokenizer = amber.Tokenizer(path)
+    reference = oracles.hf_tokenizer(path, name)
+    marks = [t for t in oracles.special_tokens(path) if tokenizer.is_control(tokenizer.token_id(t))]
+    texts = list(oracles.texts_with_marks(STRINGS // 2, 18, marks))
+    for parse in (False, True):
+        reference.encode_special_tokens = not parse
+        try:
+            ids = [e.ids for e in reference.encode_batch(texts, add_special_tokens=False)]
+        finally:
+            reference.encode_special_tokens = True
+        got = [(t, tokenizer.encode(t, add_special=False, parse_special=parse)) for t in texts]
+        assert different(got, ids) == (0, [])
+
+
 def fuse_unknown(ids):
     """Both libraries make one <unk> of several in a row; Amber keeps one per character."""
     return [x for i, x in enumerate(ids) if x != 0 or i == 0 or ids[i - 1] != 0]

@@ -43,7 +43,8 @@ def characters() -> dict[str, list[str]]:
         category = unicodedata.category(char)
         old = unicodedata.ucd_3_2_0.category(char)
         private = 0xE100 <= code < 0xF900 or code >= 0xF0000
-        if old == category and category not in ("Cn", "Cs") and not private:
+        changed = code == 0x295  # lower case in older versions of Unicode, caseless in newer ones
+        if old == category and category not in ("Cn", "Cs") and not private and not changed:
             found.setdefault(category, []).append(char)
     return found
 
@@ -83,6 +84,17 @@ def texts(count: int, seed: int) -> Iterator[str]:
     r = random.Random(seed)
     for _ in range(count):
         yield "".join(_piece(r) for _ in range(r.randint(1, 11)))
+
+
+def texts_with_marks(count: int, seed: int, marks: list[str]) -> Iterator[str]:
+    """Random texts with spellings of special tokens in them, whole and cut short."""
+    r = random.Random(seed)
+    for text in texts(count, seed):
+        for _ in range(r.randint(1, 4)):
+            mark = r.choice(marks)
+            at = r.randint(0, len(text))
+            text = text[:at] + mark[: r.choice((len(mark), len(mark), len(mark) - 1))] + text[at:]
+        yield text
 
 
 @cache
@@ -216,4 +228,14 @@ def hf_tokenizer(path: Path, name: str) -> Any:
     user = [t for t, kind in zip(vocabulary["tokens"], vocabulary["token_type"], strict=True)
             if kind == 4]  # fmt: skip
     made.add_tokens([AddedToken(t, normalized=False) for t in user])
+    made.add_special_tokens([AddedToken(t, normalized=False, special=True)
+                             for t in special_tokens(path)])  # fmt: skip
+    made.encode_special_tokens = True  # as plain text, until the caller says otherwise
     return made
+
+
+def special_tokens(path: Path) -> list[str]:
+    """Spellings of the control tokens, which a text can name where that is asked for."""
+    vocabulary = read_vocabulary(path)
+    return [t for t, kind in zip(vocabulary["tokens"], vocabulary["token_type"], strict=True)
+            if kind == 3 and t]  # fmt: skip

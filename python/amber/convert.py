@@ -577,6 +577,7 @@ class Folder:
 
         names = self._names()
         stored = read_folder(self.path)
+        self.files = {tensor.file for tensor in stored.values()}
         groups: dict[str, list[tuple[int, Stored]]] = {}
         for name, tensor in stored.items():
             name = name.removeprefix("language_model.").replace("model.language_model.", "model.")
@@ -692,11 +693,8 @@ class Folder:
         return tensor
 
     def stored_bytes(self) -> int:
-        return sum(
-            os.path.getsize(os.path.join(self.path, name))
-            for name in os.listdir(self.path)
-            if name.endswith(".safetensors")
-        )
+        """Bytes of the files that hold the tensors."""
+        return sum(os.path.getsize(file) for file in self.files)
 
 
 # ---- writing ----

@@ -398,7 +398,7 @@ def _read_vocabulary(folder: str, model_config: Mapping[str, Any], n_vocab: int)
         keys["chat_templates"] = more
     for name, text in templates.items():
         keys["chat_template" if name == "default" else f"chat_template.{name}"] = text
-    if _swallows_space(folder):
+    if made.model == "llama" and _swallows_space(folder):
         keys["swallows_space"] = True
     return keys
 

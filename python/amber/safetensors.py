@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # numpy's name of a value's bits, by the file's types.
 BITS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
@@ -127,7 +128,8 @@ def _entry(name: str, entry: Any, path: str, start: int, size: int) -> Stored:
 
 
 def read_folder(folder: str) -> dict[str, Stored]:
-    """The tensors of a model: of the files that the index names, else of all there are."""
+    """The tensors of a model: of the files that the index names, else of model.safetensors (others
+    may hold the same weights under other names), else of all there are."""
     index = os.path.join(folder, INDEX)
     if os.path.exists(index):
         places = read_json(index).get("weight_map")
@@ -137,6 +139,7 @@ def read_folder(folder: str) -> dict[str, Stored]:
     else:
         places = None
         files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+        files = [WHOLE] if WHOLE in files else files
     if not files:
         raise FileFormatError(
             f"{folder}: expected *.safetensors files, found none (weights in another form, such "
