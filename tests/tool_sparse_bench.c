@@ -5,7 +5,7 @@
  *
  * Each line: outputs x inputs, pattern, then milliseconds (minimum, median) of the product alone and
  * with what comes before it (dense: quantize; sparse: prune, quantize, lists), and dense/sparse of
- * minima and medians. */
+ * minima and medians; at last what comes before it as a share of that of the dense product. */
 #define _POSIX_C_SOURCE 200809L
 #include "kernels.h"
 
@@ -52,29 +52,31 @@ static float normal(void) {
     return sum - 6;
 }
 
-/* Everything before the product, for all rows; z is two rows and scratch. */
+/* Everything before the product, for all rows; z is two rows, two more and scratch. Rows are copied to
+ * z first, as the engine makes them there (norm, activation): what reads them finds them in cache. */
 static void prepare(const struct amber_kernels *k, struct config *c, const float *x, int n,
                     float *z) {
     const struct amber_a8 *a = &c->a;
-    const int step = c->p.kind == AMBER_PATTERN_DENSE ? 1 : 2;
-    for (int r = 0; r < a->rows; r += step) {
-        const float *row = x + (int64_t)r * n;
-        int rows = a->rows - r < step ? 1 : step;
-        if (step == 2 && k->list_rows) {
+    const bool sparse = c->p.kind != AMBER_PATTERN_DENSE;
+    for (int r = 0; r < a->rows; r += 2) {
+        const int rows = a->rows - r < 2 ? 1 : 2;
+        const size_t bytes = sizeof *z * (size_t)n * (size_t)rows;
+        float *row = z;
+        memcpy(row, x + (int64_t)r * n, bytes);
+        if (sparse && k->list_rows) {
             k->list_rows(&c->p, &c->nm, a, r / 2, row, NULL, n);
             continue;
         }
-        if (step == 2) {
-            memcpy(z, row, sizeof *z * (size_t)n * (size_t)rows);
+        if (sparse) {
+            row = memcpy(z + 2 * (int64_t)n, row, bytes);
             for (int i = 0; i < rows; i += c->p.tokens)
-                k->prune(&c->p, z + (int64_t)i * n, n, c->p.tokens < rows ? c->p.tokens : rows,
-                         NULL, n, z + 2 * (int64_t)n);
-            row = z;
+                k->prune(&c->p, row + (int64_t)i * n, n, c->p.tokens < rows ? c->p.tokens : rows,
+                         NULL, n, z + 4 * (int64_t)n);
         }
         for (int i = 0; i < rows; i++)
             k->quantize_row(a->q + (r + i) * a->stride, &a->scale[r + i], &a->sum[r + i],
                             row + (int64_t)i * n, n, a->k_pad);
-        if (step == 2) k->pack_nm(&c->nm, a, r / 2, r / 2 + 1);
+        if (sparse) k->pack_nm(&c->nm, a, r / 2, r / 2 + 1);
     }
 }
 
@@ -94,7 +96,7 @@ static double median(const double *v, int n) {
 static void compare(const struct amber_kernels *k, int n_out, int n_in, int rows, int repeats) {
     static struct config configs[N_PATTERNS];
     float *x = block_of(sizeof *x * (size_t)rows * (size_t)n_in);
-    float *z = block_of(sizeof *z * 5 * (size_t)n_in + amber_prune_scratch(n_in));
+    float *z = block_of(sizeof *z * 6 * (size_t)n_in + amber_prune_scratch(n_in));
     for (int64_t i = 0; i < (int64_t)rows * n_in; i++) x[i] = normal();
     const int panels = n_out / AMBER_PANEL;
     uint8_t *w = block_of((size_t)n_out * (size_t)n_in);
@@ -137,7 +139,7 @@ static void compare(const struct amber_kernels *k, int n_out, int n_in, int rows
             c->whole[t] = end - start;
         }
     }
-    double gemm = 0, whole = 0, gemm_m = 0, whole_m = 0;
+    double gemm = 0, whole = 0, gemm_m = 0, whole_m = 0, before = 0;
     for (int i = 0; i < N_PATTERNS; i++) {
         struct config *c = &configs[i];
         double g = smallest(c->gemm, repeats), gm = median(c->gemm, repeats);
@@ -146,13 +148,14 @@ static void compare(const struct amber_kernels *k, int n_out, int n_in, int rows
         if (i == 0) {
             gemm = g;
             gemm_m = gm;
+            before = b;
             whole = all;
             whole_m = allm;
         }
         printf("%5d x %5d %-9s gemm %7.3f %7.3f  before %6.3f  whole %7.3f %7.3f  gemm %.2fx %.2fx"
-               "  whole %.2fx %.2fx\n",
+               "  whole %.2fx %.2fx  before %.2f\n",
                n_out, n_in, patterns[i], g, gm, b, all, allm, gemm / g, gemm_m / gm, whole / all,
-               whole_m / allm);
+               whole_m / allm, b / before);
         if (c->nm.keep) { /* the same bits as the dense product of the same rows */
             struct amber_gemm_w8a8 d = {
                 .w = {.q = w, .scale = scale, .n_out = n_out, .n_in = n_in, .k_pad = n_in},
