@@ -99,7 +99,8 @@ struct amber_gemm_f32 {
  *
  * One unit of work is one (row block, cache head); attention_units() tells how many there are. Row
  * blocks are dealt so that equal shares of the units cost about the same. head_dim is a multiple of
- * 8 up to AMBER_HEAD_MAX. Rows of the cache behind the last visible position are never read. */
+ * 8 up to AMBER_HEAD_MAX. Rows of the cache behind the last visible position are never read;
+ * rows before the window, from the multiple of 64 on, weigh 0 and must be finite. */
 struct amber_attention {
     const float *q; /* [rows, n_head * head_dim] float32, not scaled */
     float *out;     /* [rows, n_head * head_dim] float32 */

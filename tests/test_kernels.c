@@ -769,6 +769,54 @@ static void check_attention(int rows, int pos0, int n_head, int n_head_kv, int d
     release();
 }
 
+/* A ring against a cache that holds all positions: the same bits, whatever stands in rows of the ring
+ * that no query sees. */
+static void check_ring(int rows, int pos0, int d, int window, bool kv_f32) {
+    enum { HEADS = 6, KV_HEADS = 2 };
+    const int positions = pos0 + rows, ring = (window + rows + 62 + 63) / 64 * 64;
+    const int first = pos0 - window + 1 > 0 ? pos0 - window + 1 : 0;
+    const size_t row = (size_t)d * (kv_f32 ? 4 : 2), n = (size_t)rows * HEADS * (size_t)d;
+    struct amber_attention linear = {.q = uniforms((int64_t)n),
+                                     .kv_f32 = kv_f32,
+                                     .rows = rows,
+                                     .n_head = HEADS,
+                                     .n_head_kv = KV_HEADS,
+                                     .head_dim = d,
+                                     .n_ctx = positions,
+                                     .pos0 = pos0,
+                                     .window = window,
+                                     .scale = 1 / sqrtf((float)d)};
+    struct amber_attention wrapped = linear;
+    wrapped.n_ctx = ring;
+    for (int which = 0; which < 2; which++) {
+        uint8_t *all = guarded(KV_HEADS * (size_t)positions * row);
+        uint8_t *some = guarded(KV_HEADS * (size_t)ring * row);
+        memset(some, 0x75, KV_HEADS * (size_t)ring * row); /* 22352 as float16, 3e32 as float32 */
+        for (int64_t i = 0; i < (int64_t)KV_HEADS * positions * d; i++) {
+            if (kv_f32)
+                ((float *)(void *)all)[i] = uniform();
+            else
+                ((uint16_t *)(void *)all)[i] = f16_bits_from_f32(uniform());
+        }
+        for (int h = 0; h < KV_HEADS; h++)
+            for (int p = first; p < positions; p++)
+                memcpy(some + ((size_t)h * (size_t)ring + (size_t)(p % ring)) * row,
+                       all + ((size_t)h * (size_t)positions + (size_t)p) * row, row);
+        *(which ? &linear.v : &linear.k) = all;
+        *(which ? &wrapped.v : &wrapped.k) = some;
+    }
+    float *want = guarded(n * 4), *out = guarded(n * 4);
+    for (int i = 0; i < n_columns; i++) {
+        void *scratch = guarded(columns[i].attention_scratch);
+        run_attention(&columns[i], linear, 0, rows, want, scratch, false);
+        run_attention(&columns[i], wrapped, 0, rows, out, scratch, false);
+        if (!CHECK(memcmp(out, want, n * 4) == 0))
+            fprintf(stderr, "    %s: ring of %d, rows %d from %d, d %d, window %d, f32 %d\n",
+                    columns[i].isa, ring, rows, pos0, d, window, kv_f32);
+    }
+    release();
+}
+
 static void test_attention(void) {
     static const int dims[] = {8, 16, 24, 32, 40, 64, 80, 96, 128, 256, 512};
     static const int heads[][2] = {{1, 1}, {8, 4}, {6, 1}, {9, 3}, {5, 5}, {16, 2}, {7, 1}};
@@ -786,6 +834,11 @@ static void test_attention(void) {
     check_attention(200, 0, 1, 1, 8, 0, 0, false, 4);
     check_attention(2, 100, 150, 1, 16, 0, 0, false, 4); /* more heads than queries of a unit */
     check_attention(1, 1000, 4, 2, 32, 0, 0, false, 30);
+    check_attention(3, 70, 4, 1, 128, 0, 0, false, 4); /* few queries, two tiles of them */
+    for (int pos0 = 0; pos0 < 700; pos0 += 61)
+        for (int i = 0; i < 6; i++)
+            check_ring(i % 3 == 0 ? 1 : 5 + 30 * (i % 3), pos0, i % 2 ? 64 : 24,
+                       1 + pos0 * 37 % 200, i == 5);
 }
 
 /* ---- Choice of a column ---- */

@@ -8,6 +8,10 @@
  * queries take scores (a small matrix product), one step of the online softmax (Milakov and
  * Gimelshein, arXiv 1805.02867) and the weighted sum (a second product).
  *
+ * A step of decoding has few queries for each cell of the cache, and to write cells as float32 and
+ * read them again would cost more than their use. Few queries take float16 cells as they are turned,
+ * in registers: the same chains, and so the same bits.
+ *
  * A query's result does not depend on the rows it comes with: it meets exactly the blocks in which
  * it sees a key, in order, each score and each output element is one chain of fused multiply-adds
  * in the order of head_dim and of positions, and keys that it does not see weigh exactly 0. */
@@ -185,6 +189,103 @@ static void load_values(const struct amber_attention *a, int64_t first, int n, i
     }
 }
 
+/* ---- few queries ---- */
+
+enum { FEW = 2 * TILE_Q };
+
+/* Reads each cell of the cache once per tile of queries. */
+static bool takes_cells(const struct amber_attention *a, int n_queries) {
+    return n_queries <= FEW && !a->kv_f32 && a->head_dim % VL == 0;
+}
+
+/* Scores of positions first..first+n-1 against `rows` queries; those that fill up the last vector
+ * become 0. The next block's keys are fetched meanwhile. */
+static inline __attribute__((always_inline)) void cell_scores(const struct amber_attention *a,
+                                                              int64_t first, int n,
+                                                              const float *queries, float *scores,
+                                                              const int rows) {
+    const int d = a->head_dim;
+    for (int j = 0; j < n; j += VL) {
+        vf acc[TILE_Q];
+        UNROLL
+        for (int q = 0; q < rows; q++) acc[q] = v_set1(0);
+        for (int i = 0; i < d; i += VL) {
+            const uint16_t *cell = (const uint16_t *)a->k + (first + j) * d + i;
+            vf r[VL];
+            UNROLL
+            for (int l = 0; l < VL; l++) {
+                if (i % 32 == 0) v_prefetch(cell + (KEYS + l) * d);
+                r[l] = j + l < n ? v_load_f16(cell + l * d) : v_set1(0);
+            }
+            v_transpose(r);
+            UNROLL
+            for (int l = 0; l < VL; l++) UNROLL
+            for (int q = 0; q < rows; q++)
+                acc[q] = v_fma(v_set1(queries[q * d + i + l]), r[l], acc[q]);
+        }
+        UNROLL
+        for (int q = 0; q < rows; q++) v_store(scores + q * KEYS + j, acc[q]);
+    }
+}
+
+/* sums = sums * factor[row] + scores * the values of positions first..first+n-1. */
+static inline __attribute__((always_inline)) void
+cell_sums(const struct amber_attention *a, int64_t first, int n, const float *scores,
+          const float *factor, float *sums, const int rows, const int vectors) {
+    const int d = a->head_dim;
+    const uint16_t *cell = (const uint16_t *)a->v + first * d;
+    for (int i = 0; i < d; i += vectors * VL) {
+        vf acc[TILE_Q][TILE_VECTORS];
+        UNROLL
+        for (int q = 0; q < rows; q++) UNROLL
+        for (int v = 0; v < vectors; v++)
+            acc[q][v] = v_mul(v_load(sums + q * d + i + v * VL), v_set1(factor[q]));
+        for (int j = 0; j < n; j++) {
+            const uint16_t *from = cell + (int64_t)j * d + i;
+            vf value[TILE_VECTORS];
+            UNROLL
+            for (int v = 0; v < vectors; v++) {
+                if (v * VL % 32 == 0) v_prefetch(from + KEYS * d + v * VL);
+                value[v] = v_load_f16(from + v * VL);
+            }
+            UNROLL
+            for (int q = 0; q < rows; q++) UNROLL
+            for (int v = 0; v < vectors; v++)
+                acc[q][v] = v_fma(v_set1(scores[q * KEYS + j]), value[v], acc[q][v]);
+        }
+        UNROLL
+        for (int q = 0; q < rows; q++) UNROLL
+        for (int v = 0; v < vectors; v++) v_store(sums + q * d + i + v * VL, acc[q][v]);
+    }
+}
+
+#define CELLS(rows)                                                                                \
+    static __attribute__((noinline)) void cell_scores_##rows(                                      \
+        const struct amber_attention *a, int64_t first, int n, const float *queries,               \
+        float *scores) {                                                                           \
+        cell_scores(a, first, n, queries, scores, rows);                                           \
+    }                                                                                              \
+    static __attribute__((noinline)) void cell_sums_##rows(                                        \
+        const struct amber_attention *a, int64_t first, int n, const float *scores,                \
+        const float *factor, float *sums) {                                                        \
+        if (a->head_dim % (TILE_VECTORS * VL) == 0)                                                \
+            cell_sums(a, first, n, scores, factor, sums, rows, TILE_VECTORS);                      \
+        else                                                                                       \
+            cell_sums(a, first, n, scores, factor, sums, rows, 1);                                 \
+    }
+CELLS(1)
+CELLS(2)
+CELLS(3)
+CELLS(4)
+CELLS(5)
+CELLS(6)
+static void (*const cell_scores_fns[TILE_Q])(const struct amber_attention *, int64_t, int,
+                                             const float *, float *) = {
+    cell_scores_1, cell_scores_2, cell_scores_3, cell_scores_4, cell_scores_5, cell_scores_6};
+static void (*const cell_sums_fns[TILE_Q])(const struct amber_attention *, int64_t, int,
+                                           const float *, const float *, float *) = {
+    cell_sums_1, cell_sums_2, cell_sums_3, cell_sums_4, cell_sums_5, cell_sums_6};
+
 static inline float expf_of(float x) { /* one lane: the same bits as elsewhere */
     float lanes[VL];
     v_store(lanes, v_exp(v_set1(x)));
@@ -241,6 +342,7 @@ static void attend(const struct amber_attention *a, const struct cut *c, int kv_
     memset(w->sums, 0, (size_t)n_queries * c->padded * sizeof(float));
     const int last = first_pos + rows - 1;
     const int window = a->window <= last ? a->window : 0; /* one that reaches back to 0 is none */
+    const bool cells = takes_cells(a, n_queries);
     int from = window > 0 && first_pos >= window ? first_pos - window + 1 : 0;
     for (int p0 = from / KEYS * KEYS; p0 <= last; p0 += KEYS) {
         /* The rows that see a key of p0..p0+KEYS-1. */
@@ -250,15 +352,21 @@ static void attend(const struct amber_attention *a, const struct cut *c, int kv_
         int n = last - p0 + 1 < KEYS ? last - p0 + 1 : KEYS;
         int64_t cache_row = (int64_t)kv_head * a->n_ctx + p0 % a->n_ctx;
         const char *next = (const char *)a->k + (cache_row + KEYS) * d * (a->kv_f32 ? 4 : 2);
-        load_keys(a, cache_row, n, w->keys);
-        load_values(a, cache_row, n, c->padded, w->values);
+        if (!cells) {
+            load_keys(a, cache_row, n, w->keys);
+            load_values(a, cache_row, n, c->padded, w->values);
+        }
         for (int q = begin * heads; q < end * heads; q += TILE_Q) {
             int tile = end * heads - q < TILE_Q ? end * heads - q : TILE_Q;
             int seen = first_pos + (q + tile - 1) / heads - p0 + 1; /* by the tile's last row */
             if (seen > KEYS) seen = KEYS;
             const int vectors = (seen + VL - 1) / VL;
-            multiply(w->scores, KEYS, w->queries + q * d, d, w->keys, KEYS, d, NULL, next, tile,
-                     vectors);
+            float *sums = w->sums + (int64_t)q * c->padded;
+            if (cells)
+                cell_scores_fns[tile - 1](a, cache_row, seen, w->queries + q * d, w->scores);
+            else
+                multiply(w->scores, KEYS, w->queries + q * d, d, w->keys, KEYS, d, NULL, next, tile,
+                         vectors);
             float shrink[TILE_Q];
             for (int r = 0; r < tile; r++) {
                 int pos = first_pos + (q + r) / heads;
@@ -266,8 +374,11 @@ static void attend(const struct amber_attention *a, const struct cut *c, int kv_
                 shrink[r] = weigh(w->scores + r * KEYS, vectors * VL, low, pos - p0 + 1, a->softcap,
                                   &w->reference[q + r], w->total + (q + r) * VL);
             }
-            multiply(w->sums + (int64_t)q * c->padded, c->padded, w->scores, KEYS, w->values,
-                     c->padded, seen, shrink, next + d * KEYS, tile, c->padded / VL);
+            if (cells)
+                cell_sums_fns[tile - 1](a, cache_row, seen, w->scores, shrink, sums);
+            else
+                multiply(sums, c->padded, w->scores, KEYS, w->values, c->padded, seen, shrink,
+                         next + d * KEYS, tile, c->padded / VL);
         }
     }
     for (int q = 0; q < n_queries; q++) {
