@@ -349,8 +349,8 @@ static void bench_column(const char *isa) {
     }
     printf("%s\n  %-34s %8s %8s %-7s    %8s\n", isa, "", "best", "median", "", "peak");
     static const int shapes[][2] = {{2048, 2048}, {8192, 2048}, {2048, 8192}};
-    static const int rows[] = {1, 8, 64, 512};
-    for (int t = 0; t < 4; t++)
+    static const int rows[] = {1, 2, 4, 8, 12, 16, 64, 512};
+    for (int t = 0; t < 8; t++)
         for (int s = 0; s < 3; s++) bench_product(&k, rows[t], shapes[s][0], shapes[s][1]);
     bench_attention(&k, 512, 0, 32, 8, 64);
     bench_attention(&k, 512, 2048, 32, 8, 64);

@@ -15,10 +15,11 @@
 enum {
     ROWS = 6,
     PANELS = 4,
+    FEW_ROWS = 12, /* that still wait for weights from memory */
     K_BLOCK = 512,
     ROW_BLOCK = 96,
     L2_ROWS_BYTES = 5 << 17, /* activations that are passed over per sweep of the weights */
-    AHEAD = 2048             /* bytes: about 100 ns of prefetch when weights come from memory */
+    AHEAD = 1024             /* bytes: about 100 ns of prefetch when weights come from memory */
 };
 
 /* Weights fetched ahead while a tile runs: this block's own, further on (the block is read for the
@@ -45,7 +46,7 @@ tile_of(const struct tile *t, const int rows, const int panels, const enum prefe
     const int64_t stride = g->a.stride, panel_bytes = (int64_t)g->w.k_pad * AMBER_PANEL * t->gap;
     const uint8_t *w = t->w, *ahead = t->ahead;
     const int8_t *x = t->x;
-    __m512i acc[ROWS][PANELS];
+    __m512i acc[FEW_ROWS][PANELS];
     UNROLL
     for (int r = 0; r < rows; r++) {
         /* The weights are stored as w + 128: take 128 * sum(x) off. */
@@ -98,6 +99,8 @@ tile_of(const struct tile *t, const int rows, const int panels, const enum prefe
 /* clang-format off */
 #define TILES(rows) TILE(rows, 1) TILE(rows, 2) TILE(rows, 3) TILE(rows, 4)
 TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6)
+TILE(7, 1) TILE(7, 2) TILE(8, 1) TILE(8, 2) TILE(9, 1) TILE(9, 2) TILE(10, 1) TILE(10, 2)
+TILE(11, 1) TILE(11, 2) TILE(12, 1) TILE(12, 2)
     /* clang-format on */
 
     static __attribute__((noinline)) void tile_to_l1(const struct tile *t) {
@@ -110,8 +113,10 @@ static __attribute__((noinline)) void tile_to_l2(const struct tile *t) {
 
 typedef void (*tile_fn)(const struct tile *t);
 #define ROW_OF(rows) {tile_##rows##x1, tile_##rows##x2, tile_##rows##x3, tile_##rows##x4}
-static const tile_fn tile_fns[ROWS][PANELS] = {ROW_OF(1), ROW_OF(2), ROW_OF(3),
-                                               ROW_OF(4), ROW_OF(5), ROW_OF(6)};
+#define TWO_OF(rows) {tile_##rows##x1, tile_##rows##x2}
+static const tile_fn tile_fns[FEW_ROWS][PANELS] = {ROW_OF(1), ROW_OF(2),  ROW_OF(3),  ROW_OF(4),
+                                                   ROW_OF(5), ROW_OF(6),  TWO_OF(7),  TWO_OF(8),
+                                                   TWO_OF(9), TWO_OF(10), TWO_OF(11), TWO_OF(12)};
 
 /* The results of a tile whose sums are complete. */
 static void finish(const struct tile *t, int rows, int panels) {
@@ -137,22 +142,23 @@ static void finish(const struct tile *t, int rows, int panels) {
     }
 }
 
-/* One tile of rows, and so a call that waits for the weights, each of which it reads once. The four
- * panels of a tile are far apart: four forward streams in different pages of memory are read faster
- * than one. */
+/* One tile of rows, and so a call that waits for the weights, each of which it reads once. The panels
+ * of a tile, as many as there are registers for, are far apart: forward streams in different pages of
+ * memory are read faster than one. */
 static void few_rows(const struct amber_gemm_w8a8 *g, int panel0, int panel1) {
-    const int count = panel1 - panel0, quarter = count / PANELS, rest = count % PANELS;
-    _Alignas(64) int32_t sums[ROWS * PANELS * 16];
+    const int rows = g->a.rows, most = rows <= ROWS ? PANELS : PANELS / 2;
+    const int count = panel1 - panel0, part = count / most, rest = count % most;
+    _Alignas(64) int32_t sums[FEW_ROWS * PANELS * 16];
     struct tile t = {.g = g, .x = g->a.q, .sums = sums, .first = true, .last = true};
     t.groups = g->w.k_pad / 4;
-    t.gap = quarter;
-    for (int i = 0; i < quarter + (rest > 0); i++) {
-        if (i == quarter) t.gap = 1;
-        t.panel = i < quarter ? panel0 + i : panel1 - rest;
+    t.gap = part;
+    for (int i = 0; i < part + (rest > 0); i++) {
+        if (i == part) t.gap = 1;
+        t.panel = i < part ? panel0 + i : panel1 - rest;
         t.w = g->w.q + (int64_t)t.panel * AMBER_PANEL * g->w.k_pad;
-        int panels = i < quarter ? PANELS : rest;
-        tile_fns[g->a.rows - 1][panels - 1](&t);
-        finish(&t, g->a.rows, panels);
+        int panels = i < part ? most : rest;
+        tile_fns[rows - 1][panels - 1](&t);
+        finish(&t, rows, panels);
     }
 }
 
@@ -200,7 +206,7 @@ static int share(int n, int most) {
 
 void amber_gemm_w8a8_avx512vnni(const struct amber_gemm_w8a8 *g, int panel0, int panel1) {
     const int rows = g->a.rows;
-    if (rows <= ROWS) {
+    if (rows <= FEW_ROWS) {
         few_rows(g, panel0, panel1);
         return;
     }
