@@ -49,12 +49,17 @@ Bars = Callable[[str, str], Any]  # (name, unit) -> a context manager that is pr
 # ---- plans as data ----
 
 
+def matrix_shape(projection: str, info: EngineInfo) -> tuple[int, int]:
+    """(n_out, n_in) of a projection's matrix."""
+    q, kv = info.n_head * info.head_dim, info.n_head_kv * info.head_dim
+    n_out = {"q": q, "k": kv, "v": kv, "gate": info.n_ff, "up": info.n_ff}
+    n_in = {"o": q, "down": info.n_ff}
+    return n_out.get(projection, info.n_embd), n_in.get(projection, info.n_embd)
+
+
 def work(info: EngineInfo) -> dict[str, int]:
     """Multiplications per token of each projection of a layer."""
-    q, kv = info.n_head * info.head_dim, info.n_head_kv * info.head_dim
-    attention = {"q": q, "k": kv, "v": kv, "o": q}
-    feed_forward = dict.fromkeys(("gate", "up", "down"), info.n_ff)
-    return {name: info.n_embd * n for name, n in (attention | feed_forward).items()}
+    return {name: math.prod(matrix_shape(name, info)) for name in PROJECTIONS}
 
 
 def layer_list(text: str) -> list[int]:
@@ -384,6 +389,14 @@ class Outcome:
     report: dict[str, Any]
 
 
+@dataclass(slots=True)
+class Vectors:
+    """What the methods of a plan use, for the file."""
+
+    keys: dict[str, Any]
+    tensors: dict[str, Any]
+
+
 class Wish:
     """What the command line asks of the plan."""
 
@@ -421,6 +434,35 @@ class Wish:
                 raise ArgumentError(
                     f"--skip: expected preset, auto or layers such as 0,26-27, found {error}"
                 ) from None
+
+    def vectors(self, path: str, calibration: Text, bars: Bars) -> Vectors | None:
+        """Makes the vectors that the plan's methods use, for the Amber GGUF at `path`; None where
+        they use none. Learned ones are not made here: the file has them, or the plan is refused."""
+        from . import smooth
+        from .quantize import Source
+
+        plan, info = expand(self.text, calibration.info, ()), calibration.info
+        methods = {m for method in plan.values() for m in method.split("/")[1:]}
+        static = sorted(methods & {"spts", "spts-channel"})
+        ranks = sorted({m.partition(":")[2] for m in methods if m.startswith("rsparse:")})
+        if len(static) > 1 or len(ranks) > 1:
+            raise ArgumentError(
+                "--mitigation: expected one kind of static shift and one rank in a file, found "
+                + ", ".join(static + [f"rsparse:{rank}" for rank in ranks])
+            )
+        if not static and not ranks:
+            return None
+        made = Vectors({}, {})
+        if static:
+            with bars("activations", "window") as bar:
+                found = smooth.statistics(path, calibration.windows, self.args.threads, bar)
+            made.tensors |= smooth.shifts(found, static[0])
+            made.keys["amber.shift"] = static[0]
+        if ranks:
+            shapes = {cell: matrix_shape(cell[1], info) for cell in plan}
+            with bars("factors", "matrix") as bar:
+                made.tensors |= smooth.factors(Source(path), shapes, int(ranks[0]), bar)
+        return made
 
     def carry_out(self, path: str, calibration: Text, bars: Bars) -> Outcome:
         """Decides on the plan for the Amber GGUF at `path` and measures it."""

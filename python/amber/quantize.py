@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from . import convert
+from . import convert, smooth
 from .command import UsageError, run_command
 from .convert import gguf_module
 from .engine import memory_estimate
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .permute import Orders
+    from .smooth import Smoothing
 
 FORMAT, LAYOUT, ALIGNMENT = 1, "p16k4o128", 64
 PANEL, K_ALIGN = 16, 64  # outputs of a panel; inputs are padded to a multiple
@@ -195,6 +196,7 @@ class Source:
         self.path, self.gguf = path, gguf_module()
         self.name = name or os.path.basename(path)
         self.orders: Orders | None = None  # of channels, for what parts() writes
+        self.smoothing: Smoothing | None = None  # of its inputs and outputs
         try:
             self.reader = self.gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError) as error:
@@ -301,7 +303,27 @@ class Source:
     def _ordered(self, name: str, first: int | None, last: int | None) -> "np.ndarray":
         """Rows as float32, in the new order of channels. Slices are for what keeps its outputs."""
         rows = self.rows(name, first, last)
+        if self.smoothing:
+            rows = self.smoothing.apply(name, rows)
         return self.orders.apply(name, rows) if self.orders else rows
+
+    def _score_rows(self, name: str, rows: "np.ndarray") -> "np.ndarray":
+        """What channel scores are taken from: the rows that are written, or those before
+        smoothing."""
+        if not self.smoothing or not self.smoothing.original_scores:
+            return rows
+        rows = self.rows(name)
+        return self.orders.apply(name, rows) if self.orders else rows
+
+    def unpacked(self, stem: str, n_out: int, n_in: int) -> "np.ndarray":
+        """float32 [n_out, n_in] of a layer's matrix in an Amber GGUF."""
+        import numpy as np
+
+        panels = self.tensors[f"{stem}.weight"].data.reshape(-1).view(np.uint8)
+        scale = np.asarray(self.tensors[f"{stem}.scale"].data).reshape(-1)
+        q = panels.reshape(len(scale) // PANEL, -1, PANEL, 4).transpose(0, 2, 1, 3)
+        rows = q.reshape(len(scale), -1)[:n_out, :n_in].astype(np.float32) - 128
+        return rows * scale[:n_out, None]
 
     def _embedding(self, tensor: Stored) -> Part:
         """The embedding with its columns in the new order: of the same type where that keeps every
@@ -367,7 +389,7 @@ class Source:
                 q, scale = pack(rows, name)
                 made["scale"][first : first + len(scale)] = scale
                 if scored:
-                    made["score"] = scores(rows)
+                    made["score"] = scores(self._score_rows(name, rows))
                 yield q
 
         parts = [
@@ -479,7 +501,7 @@ def file_hash(path: str) -> str:
 def base_keys(source: Source) -> dict[str, Any]:
     """Keys that say what the file is and what it was made from."""
     if source.packed:  # the tensors stay, so do these
-        kept = ("format", "layout", "tied_output", "permuted", "shift")
+        kept = ("format", "layout", "tied_output", "permuted", "shift", "smooth", "smooth.alpha")
         kept += ("source.name", "source.size", "source.sha256")
         fields = source.reader.fields
         keys = {
@@ -542,6 +564,25 @@ def parser() -> argparse.ArgumentParser:
         "stays within X nats per token",
     )
     top.add_argument(
+        "--smooth",
+        choices=smooth.KINDS,
+        help="scale input channels by max|X|^a / max|W|^(1-a) and weights by the inverse, folded "
+        "into norms and weights: smoothquant divides activations by it, outstanding multiplies "
+        "them",
+    )
+    top.add_argument(
+        "--alpha",
+        type=float,
+        metavar="A",
+        help="a of --smooth, 0-1 (smoothquant 0.5, outstanding 0.10)",
+    )
+    top.add_argument(
+        "--scores-from",
+        choices=("smoothed", "original"),
+        default="smoothed",
+        help="the weights that the criteria norm and amber look at under --smooth (smoothed)",
+    )
+    top.add_argument(
         "--permute",
         action="store_true",
         help="put channels that are large together side by side, so that block patterns (N:16x4) "
@@ -599,10 +640,15 @@ def check(args: argparse.Namespace) -> None:
     if args.chunks < 1:
         raise UsageError(f"--chunks: expected 1 or more, found {args.chunks}")
     planned = args.sparse is not None or args.max_kl is not None
-    if args.type and (planned or args.permute):
+    if args.type and (planned or args.permute or args.smooth):
         raise UsageError(
-            "--type: expected without --sparse, --max-kl and --permute (they are for Amber GGUFs)"
+            "--type: expected without --sparse, --max-kl, --smooth and --permute (they are for "
+            "Amber GGUFs)"
         )
+    if args.alpha is not None and not args.smooth:
+        raise UsageError("--alpha: expected --smooth beside it")
+    if args.alpha is not None and not 0 <= args.alpha <= 1:
+        raise UsageError(f"--alpha: expected a number from 0 to 1, found {args.alpha:g}")
     for name in ("criterion", "mitigation"):
         if getattr(args, name) and not planned:
             raise UsageError(f"--{name}: expected --sparse or --max-kl beside it")
@@ -681,16 +727,25 @@ def _from_file(path: str, name: str | None, args: argparse.Namespace) -> dict[st
         memory_estimate(path, sparse="off")  # proves the file before anything is written
     source = Source(path, name)
     text = None
-    if plan or args.permute:
+    for option in ("permute", "smooth"):
+        if getattr(args, option) and source.packed:
+            raise AmberError(f"{path}: --{option}: expected a source file, found an Amber GGUF")
+    if plan or args.permute or args.smooth:
         text = calibrate.Text(path, args, bars)
+    if args.smooth:
+        alpha = smooth.KINDS[args.smooth] if args.alpha is None else args.alpha
+        with bars("activations", "window") as bar:
+            found = smooth.statistics(path, text.windows, args.threads, bar)
+        source.smoothing = smooth.smooth(source, found, args.smooth, alpha)
+        source.smoothing.original_scores = args.scores_from == "original"
     if args.permute:
-        if source.packed:
-            raise AmberError(f"{path}: --permute: expected a source file, found an Amber GGUF")
         with bars("activations", "layer") as bar:
             source.orders = permute.choose(
                 source, text.windows[: max(1, STATISTICS // text.ctx)], bar
             )
     keys = base_keys(source)
+    if args.smooth:
+        keys |= {"amber.smooth": args.smooth, "amber.smooth.alpha": float(alpha)}
     partial = [args.out + ".part", args.out + ".part2"]
     try:
         if source.packed:
@@ -701,8 +756,15 @@ def _from_file(path: str, name: str | None, args: argparse.Namespace) -> dict[st
         report: dict[str, Any] = {
             "pack_seconds": perf_counter() - started,
             "permuted": source.orders is not None,
+            "smooth": args.smooth and {"kind": args.smooth, "alpha": alpha},
             "sparse": "off",
         }
+        if plan:
+            made = plan.vectors(partial[0], text, bars)
+            if made:
+                keys |= made.keys
+                copy_with_keys(Source(partial[0]), partial[1], keys, made.tensors)
+                os.replace(partial[1], partial[0])
         if plan is None:
             os.replace(partial[0], args.out)
         else:
