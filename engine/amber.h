@@ -314,6 +314,23 @@ int32_t amber_sampler_sample(amber_sampler *sampler, const float *logits);
 amber_status amber_measure_peaks(int32_t threads, const char *isa, double *int8_ops_per_second,
                                  double *read_bytes_per_second, amber_error *err);
 
+/* Single kernels by themselves, on the calling thread and by its CPU time.
+ *   "gemm"       the INT8 product of `rows` rows with [n_out, n_in] weights, of rows that `pattern`
+ *                pruned; up to 16 rows the weights come from memory, as in decode.
+ *   "prepare"    what precedes it: rows of n_in float32 pruned, quantized and listed.
+ *   "attention"  `rows` tokens behind `depth` others, float16 cache from memory. */
+typedef struct amber_kernel_case {
+    const char *isa, *kernel, *pattern; /* isa NULL: the best; pattern NULL: dense */
+    int32_t rows, n_out, n_in;
+    int32_t depth, n_head, n_head_kv, head_dim; /* of attention */
+} amber_kernel_case;
+typedef struct amber_kernel_timer amber_kernel_timer;
+amber_status amber_kernel_timer_new(const amber_kernel_case *c, amber_kernel_timer **out,
+                                    amber_error *err);
+void amber_kernel_timer_free(amber_kernel_timer *timer);
+/* Seconds of one call, the mean of as many as take 2 ms. The first run of a timer takes longer. */
+double amber_kernel_timer_run(amber_kernel_timer *timer);
+
 /* cffi: end */
 
 #if defined(__GNUC__)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import amber
-from amber import bench
+from amber import bench, kernel_bench
 from amber import eval as evaluation
 
 TEXT = (
@@ -256,8 +256,62 @@ def test_bench_hash_is_that_of_the_logits(demo_model):
     assert json.loads(done.stdout)["logits_hash"] == name
 
 
+def test_bench_kernels():
+    args = ["--kernels", "-p", "32", "-d", "8", "-r", "1", "--isa", "ref", "--sparse", "8:16x4t2"]
+    done = command("bench", *args, "--json", "-q")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    few = [r for r in rows if r["kernel"] == "gemm" and r["rows"] <= 16]
+    assert [r["rows"] for r in few] == 3 * [1, 4, 8, 16]
+    assert {r["kernel"] for r in rows} == {"gemm", "prepare", "attention"}
+    for r in rows:
+        assert tuple(r) == kernel_bench.KEYS
+        assert 0 < r["seconds_min"] <= r["seconds"] and r["rate"] > 0
+        if r["pattern"] == "dense":
+            assert r["speedup"] == 1
+        assert (r["share_of_peak"] is None) == (
+            r["kernel"] == "prepare" or (r["kernel"] == "attention" and r["rows"] > 1)
+        )
+
+
+def test_kernel_work_counts():
+    assert kernel_bench.Case("gemm", 512, 3, 5).work() == (512 * 15 / 1e9, "GMAC/s")
+    assert kernel_bench.Case("gemm", 16, 3, 5).work() == (15 / 1e9, "GB/s")
+    # One token behind 9 reads 10 keys and values of 2 bytes in each of 8 heads of 64.
+    assert kernel_bench.Case("attention", 1, depth=9).work() == (10 * 8 * 64 * 4 / 1e9, "GB/s")
+    # Three tokens behind 2 see 3 + 4 + 5 positions, with two products of 64 in each of 32 heads.
+    macs, unit = kernel_bench.Case("attention", 3, depth=2).work()
+    assert (macs, unit) == (pytest.approx(12 * 2 * 32 * 64 / 1e9), "GMAC/s")
+
+
+def test_kernel_timer_refuses():
+    for case, word in (
+        (kernel_bench.Case("sort", 1, 16, 16), "sort"),
+        (kernel_bench.Case("gemm", 0, 16, 16), "rows"),
+        (kernel_bench.Case("gemm", 1, 16, 0), "16 x 0"),
+        (kernel_bench.Case("gemm", 1, 16, 16, "8:4"), "pattern"),
+        (kernel_bench.Case("attention", 1, depth=-1), "heads"),
+    ):
+        with pytest.raises(amber.AmberError, match=word):
+            kernel_bench.Timer(case, "ref")
+
+
+def test_bench_plot(demo_model, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "speed.svg"
+    args = ["demo", "-p", "16", "-n", "4", "-r", "2", "--plot", str(path)]
+    done = command("bench", *args)
+    assert done.returncode == 0 and "| pp16 " in done.stdout, done.stderr
+    drawn = path.read_text()
+    assert drawn.lstrip().startswith("<?xml") and "prefill" in drawn and "decode" in drawn
+
+
 def test_bench_command_refuses(demo_model):
     for args, code, word in (
+        ([], 2, "MODEL"),
+        (["demo", "--kernels"], 2, "no model"),
+        (["demo", "--plot", "a.txt"], 2, "a.txt"),
+        (["--kernels", "--sparse", "x", "--isa", "ref"], 1, "pattern"),
         (["no-model"], 1, "no-model"),
         (["demo", "-p", "x"], 2, "-p"),
         (["demo", "-p", "0", "-n", "0"], 2, "nothing to measure"),

@@ -20,11 +20,12 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+from . import kernel_bench
 from ._lib import check, ffi, lib
 from .command import UsageError, run_command
 from .engine import PRECISIONS, Engine, isa_list, memory_estimate
@@ -371,10 +372,16 @@ def parser() -> argparse.ArgumentParser:
         "decode against the memory reads of this machine, both measured in the same run.",
         allow_abbrev=False,
     )
-    top.add_argument("models", nargs="+", metavar="MODEL", help="GGUF files or built-in names")
+    top.add_argument("models", nargs="*", metavar="MODEL", help="GGUF files or built-in names")
+    top.add_argument(
+        "--kernels",
+        action="store_true",
+        help="no model: single kernels on one thread, products of 1 to 16 and -p rows, dense and "
+        "with the patterns of --sparse, and attention behind -d tokens (0,4096)",
+    )
     top.add_argument("-p", "--prompt", default="512", metavar="N[,N]", help="pp sizes; 0: no (512)")
     top.add_argument("-n", "--gen", default="64", metavar="N[,N]", help="tg sizes; 0: no (64)")
-    top.add_argument("-d", "--depth", default="0", metavar="N[,N]", help="tokens before it (0)")
+    top.add_argument("-d", "--depth", metavar="N[,N]", help="tokens before it (0)")
     top.add_argument("-t", "--threads", metavar="N[,N]", help="threads (physical cores)")
     top.add_argument("-r", "--repeats", type=int, default=5, help="repetitions (5)")
     top.add_argument(
@@ -393,6 +400,9 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="one JSON object per row")
     form.add_argument("--csv", action="store_true", help="comma-separated, with a head line")
     form.add_argument("--md", action="store_true", help="a Markdown table (default)")
+    top.add_argument(
+        "--plot", metavar="FILE", help="also draws the rows: .png, .svg or .pdf (needs matplotlib)"
+    )
     top.add_argument("-q", "--quiet", action="store_true", help="no progress")
     return top
 
@@ -407,27 +417,32 @@ def integers(name: str, text: str, low: int) -> list[int]:
     return list(dict.fromkeys(values))
 
 
+def columns(text: str) -> list[str]:
+    isas = text.split(",")
+    for isa in isas:
+        if isa not in isa_list():
+            raise UsageError(f"--isa: expected one of {', '.join(isa_list())}, found {isa!r}")
+    return isas
+
+
 def plan(args: argparse.Namespace) -> tuple[list[Config], list[Job]]:
     """What a command line asks for."""
-    depths = integers("-d", args.depth, 0)
+    if not args.models:
+        raise UsageError("expected a MODEL, or --kernels")
+    depths = integers("-d", args.depth or "0", 0)
     sizes = [("pp", n) for n in integers("-p", args.prompt, 0)]
     sizes += [("tg", n) for n in integers("-n", args.gen, 0)]
     jobs = [Job(kind, n, depth) for depth in depths for kind, n in sizes if n]
     if not jobs:
         raise UsageError("nothing to measure: -p and -n are 0")
-    if args.repeats < 1:
-        raise UsageError(f"-r: expected 1 or more, found {args.repeats}")
     threads = integers("-t", args.threads, 1) if args.threads else [None]
     precisions = args.precision.split(",")
-    isas = args.isa.split(",") if args.isa else [None]
     for precision in precisions:
         if precision not in PRECISIONS:
             raise UsageError(
                 f"--precision: expected {' or '.join(PRECISIONS)}, found {precision!r}"
             )
-    for isa in isas:
-        if isa is not None and isa not in isa_list():
-            raise UsageError(f"--isa: expected one of {', '.join(isa_list())}, found {isa!r}")
+    isas = columns(args.isa) if args.isa else [None]
     for model in args.models:
         find_model(model)
     configs = [
@@ -467,34 +482,134 @@ def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield "| " + " | ".join("-" * w for w in widths) + " |"
 
 
-def write(rows: Iterator[dict[str, Any]], args: argparse.Namespace) -> None:
-    if args.json:
-        for result in rows:
+def peak_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    done: set[tuple[int, str]] = set()
+    for r in rows:
+        if (r["threads"], r["isa"]) not in done:
+            done.add((r["threads"], r["isa"]))
+            yield (
+                f"peak of {r['threads']} threads, {r['isa']}: {r['peak_int8_ops'] / 1e9:.0f} GOPS "
+                f"int8, {r['peak_read_bytes'] / 1e9:.1f} GB/s read  ({r['cpu']})"
+            )
+
+
+def write(
+    rows: Iterator[dict[str, Any]],
+    keys: Sequence[str],
+    table: Callable[[Sequence[dict[str, Any]]], Iterator[str]],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Prints the rows in the form that was asked for, each as soon as it is there."""
+    results = []
+    sheet = csv.DictWriter(sys.stdout, keys, lineterminator="\n")
+    if args.csv:
+        sheet.writeheader()
+    for result in rows:
+        results.append(result)
+        if args.json:
             print(json.dumps(result), flush=True)
-    elif args.csv:
-        table = csv.DictWriter(sys.stdout, KEYS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    else:
-        results = list(rows)
-        print("\n".join(markdown(results)))
-        done: set[tuple[int, str]] = set()
-        for r in results:
-            if (r["threads"], r["isa"]) not in done:
-                done.add((r["threads"], r["isa"]))
-                print(
-                    f"\npeak of {r['threads']} threads, {r['isa']}: "
-                    f"{r['peak_int8_ops'] / 1e9:.0f} GOPS int8, "
-                    f"{r['peak_read_bytes'] / 1e9:.1f} GB/s read  ({r['cpu']})",
-                    end="",
-                )
-        print()
+        elif args.csv:
+            sheet.writerow(result)
+    if not args.json and not args.csv:
+        print("\n".join(table(results)))
+    return results
+
+
+def model_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield from markdown(rows)
+    yield ""
+    yield from peak_lines(rows)
+
+
+def kernel_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows with kernel_bench.KEYS."""
+    patterns = list(dict.fromkeys(["dense", *(args.sparse or kernel_bench.PATTERNS)]))
+    groups = kernel_bench.groups(
+        [n for n in integers("-p", args.prompt, 0) if n],
+        integers("-d", args.depth or "0,4096", 0),
+        patterns,
+    )
+    isas = columns(args.isa) if args.isa else kernel_bench.default_isas()
+    with _bar(len(isas) * len(groups), args.quiet) as bar:
+        for isa in isas:
+            limits = peaks(1, isa)
+            for group in groups:
+                for result in kernel_bench.measure_group(group, isa, args.repeats, limits):
+                    yield result | {"commit": commit(), "cpu": cpu_name()}
+                bar.update()
+
+
+# ---- the picture ----
+
+
+def label_of(r: dict[str, Any]) -> str:
+    """What tells a row from its neighbours."""
+    if "kernel" in r:
+        shape = f"{r['n_out']}x{r['n_in']}" if r["n_out"] else f"{r['n_in'] or r['depth']}"
+        return f"{r['kernel']} {shape} T={r['rows']} {r['pattern']}"
+    name = os.path.splitext(os.path.basename(r["model"]))[0]
+    return f"{r['test']}  {name} {r['sparse']} {r['precision']} {r['isa']} x{r['threads']}"
+
+
+def load_pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as pyplot
+    except ImportError as error:
+        raise AmberError(
+            f"--plot needs matplotlib: pip install 'amber-llm[tools]' ({error})"
+        ) from error
+    return pyplot
+
+
+def plot(pyplot: Any, rows: Sequence[dict[str, Any]], path: str) -> None:
+    """One panel of bars per unit, with the share of the machine's limit beside each bar."""
+    panels: dict[str, list[tuple[str, float, float, float | None]]] = {}
+    for r in rows:
+        if "kernel" in r:
+            unit, value, error = r["unit"], r["rate"], 0.0
+        else:
+            unit = "tokens/s, " + ("prefill" if r["test"].startswith("pp") else "decode")
+            value, error = r["tokens_per_second"], r["stddev"]
+        panels.setdefault(unit, []).append((label_of(r), value, error, r["share_of_peak"]))
+    heights = [len(bars) for bars in panels.values()]
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(9, 1.2 * len(panels) + 0.3 * sum(heights)),
+        gridspec_kw={"height_ratios": heights}, squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axis, (unit, bars) in zip(axes[:, 0], panels.items(), strict=True):
+        labels, values, errors, shares = zip(*bars, strict=True)
+        places = range(len(bars))
+        axis.barh(places, values, xerr=errors if any(errors) else None)
+        axis.set_yticks(places, labels, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlabel(unit)
+        for place, value, share in zip(places, values, shares, strict=True):
+            if share is not None:
+                axis.text(value, place, f" {100 * share:.0f} %", va="center", fontsize=7)
+    figure.suptitle(rows[0]["cpu"], fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def run(args: argparse.Namespace) -> int:
-    configs, jobs = plan(args)
-    check_memory(configs, jobs)
-    write(measure(configs, jobs, args.repeats, args.quiet), args)
+    if args.repeats < 1:
+        raise UsageError(f"-r: expected 1 or more, found {args.repeats}")
+    if args.plot and not args.plot.endswith((".png", ".svg", ".pdf")):
+        raise UsageError(f"--plot: expected a name in .png, .svg or .pdf, found {args.plot!r}")
+    pyplot = load_pyplot() if args.plot else None
+    if args.kernels:
+        if args.models:
+            raise UsageError(f"--kernels: expected no model, found {args.models[0]!r}")
+        rows = write(kernel_rows(args), kernel_bench.KEYS, kernel_bench.markdown, args)
+    else:
+        configs, jobs = plan(args)
+        check_memory(configs, jobs)
+        rows = write(measure(configs, jobs, args.repeats, args.quiet), KEYS, model_table, args)
+    if pyplot:
+        plot(pyplot, rows, args.plot)
     return 0
 
 
