@@ -141,6 +141,7 @@ typedef struct amber_engine_info {
     int32_t window;                  /* positions that windowed layers see; 0: no such layers */
     int64_t layer_multiplications;   /* of the layers' projections, for one token */
     int64_t token_bytes;             /* of weight matrices that one token's decoding reads */
+    int32_t sparse_min;              /* see amber_engine_set_sparse_min */
 } amber_engine_info;
 
 typedef struct amber_memory {
@@ -167,6 +168,7 @@ typedef struct amber_session_stats {
     int32_t n_ctx, n_past;
     int32_t cached_tokens;  /* of the last sync: tokens that were already there */
     int32_t prefill_tokens; /* of the last sync that computed two or more rows */
+    int32_t prefill_sparse; /* whether the plan ran in the last sync that computed anything */
     double prefill_seconds;
     int64_t decode_tokens; /* since amber_session_new or amber_session_reset_stats */
     double decode_seconds;
@@ -215,6 +217,14 @@ amber_status amber_memory_estimate(const char *path, const amber_engine_options 
 int32_t amber_engine_meta(const amber_engine *engine, const char *key, char *buf, size_t cap);
 int32_t amber_engine_meta_key(const amber_engine *engine, int32_t index, char *buf, size_t cap);
 const amber_tokenizer *amber_engine_tokenizer(const amber_engine *engine);
+/* The index-th of the plan's different patterns as text ("8:16x4t2"), and the share of the layers'
+ * multiplications whose input it prunes. Returns as amber_engine_meta. */
+int32_t amber_engine_pattern(const amber_engine *engine, int32_t index, char *buf, size_t cap,
+                             double *share);
+/* From now on prompts run dense whose batches hold fewer than so many new tokens, as where a plan
+ * gains nothing on this machine; 0, the initial state: none. A prompt of more than n_batch new tokens
+ * is cut into batches of about the same size. Not while a session computes. */
+void amber_engine_set_sparse_min(amber_engine *engine, int32_t tokens);
 
 /* ---- session ---- */
 
@@ -314,17 +324,22 @@ int32_t amber_sampler_sample(amber_sampler *sampler, const float *logits);
 amber_status amber_measure_peaks(int32_t threads, const char *isa, double *int8_ops_per_second,
                                  double *read_bytes_per_second, amber_error *err);
 
-/* Single kernels by themselves, on the calling thread and by its CPU time.
+/* Single kernels by themselves: on one thread by the calling thread's CPU time, on several (split as
+ * in the engine) by the clock.
  *   "gemm"       the INT8 product of `rows` rows with [n_out, n_in] weights, of rows that `pattern`
- *                pruned; up to 16 rows the weights come from memory, as in decode.
+ *                pruned. Up to 16 rows, and where `cold`, the weights come from memory each time.
  *   "prepare"    what precedes it: rows of n_in float32 pruned, quantized and listed.
- *   "attention"  `rows` tokens behind `depth` others, float16 cache from memory. */
+ *   "attention"  `rows` tokens behind `depth` others, float16 cache; up to 16 rows from memory. */
+typedef struct amber_kernel_timer amber_kernel_timer;
 typedef struct amber_kernel_case {
     const char *isa, *kernel, *pattern; /* isa NULL: the best; pattern NULL: dense */
-    int32_t rows, n_out, n_in;
+    int32_t threads;                    /* 0: 1 */
+    int32_t rows, n_out, n_in, cold;
     int32_t depth, n_head, n_head_kv, head_dim; /* of attention */
+    const amber_kernel_timer
+        *weights; /* a product's, to be borrowed; it must live longer. NULL: own
+                                          ones, as where its shape differs */
 } amber_kernel_case;
-typedef struct amber_kernel_timer amber_kernel_timer;
 amber_status amber_kernel_timer_new(const amber_kernel_case *c, amber_kernel_timer **out,
                                     amber_error *err);
 void amber_kernel_timer_free(amber_kernel_timer *timer);

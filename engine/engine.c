@@ -183,6 +183,7 @@ void amber_engine_get_info(const amber_engine *engine, amber_engine_info *info) 
         .load_seconds = engine->load_seconds,
         .coverage = m->coverage,
         .skipped = model_skipped(m, &engine->kernels),
+        .sparse_min = m->sparse_min,
     };
     model_work(m, &full.layer_multiplications, &full.token_bytes);
     plan_describe(&m->plan, full.sparse, sizeof full.sparse);
@@ -197,6 +198,19 @@ void amber_engine_get_info(const amber_engine *engine, amber_engine_info *info) 
 int32_t amber_engine_meta(const amber_engine *engine, const char *key, char *buf, size_t cap) {
     const struct gguf_kv *kv = gguf_find(engine->model.file, key);
     return kv ? gguf_format_value(kv, buf, cap) : -1;
+}
+
+int32_t amber_engine_pattern(const amber_engine *engine, int32_t index, char *buf, size_t cap,
+                             double *share) {
+    struct amber_pattern pattern;
+    char text[AMBER_PATTERN_TEXT];
+    if (index < 0 || !model_pattern(&engine->model, index, &pattern, share)) return -1;
+    amber_pattern_format(&pattern, text);
+    return snprintf(buf, cap, "%s", text);
+}
+
+void amber_engine_set_sparse_min(amber_engine *engine, int32_t tokens) {
+    engine->model.sparse_min = tokens;
 }
 
 int32_t amber_engine_meta_key(const amber_engine *engine, int32_t index, char *buf, size_t cap) {

@@ -4,6 +4,7 @@
 #include "common.h"
 #include "kernels.h"
 #include "ops.h"
+#include "threads.h"
 
 #include <math.h>
 #include <string.h>
@@ -11,7 +12,7 @@
 
 /* Operands that a model reads from memory lie in so many bytes, one copy after the other, that no
  * cache holds them until their next turn. */
-#define COLD_BYTES    ((int64_t)64 << 20)
+#define COLD_BYTES    ((int64_t)256 << 20)
 #define RUN_SECONDS   0.002 /* of a run: long against the clock's own steps */
 #define COLD_ROWS     16    /* up to which a product waits for its weights */
 #define MOST_ELEMENTS ((int64_t)1 << 31)
@@ -19,19 +20,23 @@
 struct amber_kernel_timer {
     struct amber_kernels kernels;
     struct amber_pattern pattern;
-    void (*call)(struct amber_kernel_timer *t, int copy);
+    amber_work_fn work_fn;
     struct amber_gemm_w8a8 gemm;
     struct amber_nm nm; /* keep 0: no lists */
     struct amber_attention attention;
-    float *x, *y, *work; /* work: of one pair of rows */
-    void *scratch;
+    float *x, *y, *work; /* work: [threads] of one pair of rows */
+    uint8_t *scratch;    /* [threads, scratch_bytes] */
+    int64_t scratch_bytes;
     uint8_t *cold; /* [copies, copy_bytes] */
     int64_t copy_bytes;
-    int copies, calls;
+    bool borrowed;         /* cold is another timer's */
+    int copies, calls, at; /* at: the next copy */
     float *scale;
+    struct amber_pool *pool; /* NULL: the calling thread alone */
 };
 
-static double thread_seconds(void) {
+static double seconds_of(const struct amber_kernel_timer *timer) {
+    if (timer->pool) return amber_seconds();
     struct timespec t;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
@@ -53,60 +58,87 @@ static void fill_floats(float *x, int64_t n) {
 }
 
 /* As the rows of an input are made: pruned, quantized and listed. */
-static void prepare(struct amber_kernel_timer *t, int copy) {
+static void prepare_work(void *ctx, int ith, int nth) {
+    const struct amber_kernel_timer *t = ctx;
     const struct amber_kernels *k = &t->kernels;
     const struct amber_a8 *a = &t->gemm.a;
-    const int n = t->gemm.w.n_in;
+    const int n = t->gemm.w.n_in, step = amber_max(t->pattern.tokens, 1);
     const bool sparse = t->pattern.kind != AMBER_PATTERN_DENSE;
-    (void)copy;
-    for (int r = 0; r < a->rows; r += 2) {
+    float *work = t->work + (int64_t)ith * 2 * n;
+    uint8_t *scratch = t->scratch + ith * t->scratch_bytes;
+    int begin, end;
+    amber_split(a->rows, 2, ith, nth, &begin, &end);
+    for (int r = begin; r < end; r += 2) {
         const int rows = amber_min(a->rows - r, 2);
-        memcpy(t->work, t->x + (int64_t)r * n, sizeof(float) * (size_t)n * (size_t)rows);
+        memcpy(work, t->x + (int64_t)r * n, sizeof(float) * (size_t)n * (size_t)rows);
         if (t->nm.keep && k->list_rows) {
-            k->list_rows(&t->pattern, &t->nm, a, r / 2, t->work, NULL, n);
+            k->list_rows(&t->pattern, &t->nm, a, r / 2, work, NULL, n);
             continue;
         }
-        for (int i = 0; sparse && i < rows; i += amber_max(t->pattern.tokens, 1))
-            k->prune(&t->pattern, t->work + (int64_t)i * n, n,
-                     amber_min(rows, amber_max(t->pattern.tokens, 1)), NULL, n, t->scratch);
+        for (int i = 0; sparse && i < rows; i += step)
+            k->prune(&t->pattern, work + (int64_t)i * n, n, amber_min(rows, step), NULL, n,
+                     scratch);
         for (int i = 0; i < rows; i++)
             k->quantize_row(a->q + (r + i) * a->stride, &a->scale[r + i], &a->sum[r + i],
-                            t->work + (int64_t)i * n, n, a->k_pad);
+                            work + (int64_t)i * n, n, a->k_pad);
         if (t->nm.keep) k->pack_nm(&t->nm, a, r / 2, r / 2 + 1);
     }
 }
 
-static void multiply(struct amber_kernel_timer *t, int copy) {
-    const int panels = (t->gemm.w.n_out + AMBER_PANEL - 1) / AMBER_PANEL;
-    t->gemm.w.q = t->cold + copy * t->copy_bytes;
+static void multiply_work(void *ctx, int ith, int nth) {
+    const struct amber_kernel_timer *t = ctx;
+    int begin, end;
+    amber_split((t->gemm.w.n_out + AMBER_PANEL - 1) / AMBER_PANEL, 1, ith, nth, &begin, &end);
     if (t->nm.keep)
-        t->kernels.gemm_nm(&t->gemm, &t->nm, 0, panels);
+        t->kernels.gemm_nm(&t->gemm, &t->nm, begin, end);
     else
-        t->kernels.gemm_w8a8(&t->gemm, 0, panels);
+        t->kernels.gemm_w8a8(&t->gemm, begin, end);
 }
 
-static void attend(struct amber_kernel_timer *t, int copy) {
-    t->attention.k = t->cold + copy * t->copy_bytes;
-    t->attention.v = t->cold + copy * t->copy_bytes + t->copy_bytes / 2;
-    t->kernels.attention(&t->attention, 0, t->kernels.attention_units(&t->attention), t->scratch);
+static void attention_work(void *ctx, int ith, int nth) {
+    const struct amber_kernel_timer *t = ctx;
+    const int units = t->kernels.attention_units(&t->attention);
+    for (int unit = ith; unit < units; unit += nth)
+        t->kernels.attention(&t->attention, unit, unit + 1, t->scratch + ith * t->scratch_bytes);
 }
 
-static bool cold_copies(struct amber_kernel_timer *t, int64_t bytes, bool many) {
+static void call_once(struct amber_kernel_timer *t) {
+    const uint8_t *cold = t->cold + t->at * t->copy_bytes;
+    t->at = (t->at + 1) % t->copies;
+    t->gemm.w.q = cold;
+    t->attention.k = cold;
+    t->attention.v = cold + t->copy_bytes / 2;
+    if (t->pool)
+        amber_pool_run(t->pool, t->work_fn, t);
+    else
+        t->work_fn(t, 0, 1);
+}
+
+static bool cold_copies(struct amber_kernel_timer *t, int64_t bytes, bool many,
+                        const struct amber_kernel_timer *lender) {
     t->copy_bytes = amber_round_up(bytes, 128);
     t->copies = many ? (int)((COLD_BYTES + t->copy_bytes - 1) / t->copy_bytes) : 1;
-    t->cold = amber_alloc((size_t)(t->copies * t->copy_bytes));
+    t->borrowed = lender && lender->copy_bytes == t->copy_bytes && lender->copies >= t->copies;
+    t->cold = t->borrowed ? lender->cold : amber_alloc((size_t)(t->copies * t->copy_bytes));
     return t->cold != NULL;
 }
 
-static bool new_product(struct amber_kernel_timer *t, const amber_kernel_case *c) {
+/* The first copy, filled already, stands for all. */
+static void fill_copies(struct amber_kernel_timer *t) {
+    for (int i = 1; i < t->copies; i++)
+        memcpy(t->cold + i * t->copy_bytes, t->cold, (size_t)t->copy_bytes);
+}
+
+static bool new_product(struct amber_kernel_timer *t, const amber_kernel_case *c, int threads) {
     const int k_pad = (int)amber_round_up(c->n_in, AMBER_K_ALIGN), rows = c->rows;
     const int64_t outputs = amber_round_up(c->n_out, AMBER_PANEL), stride = amber_a8_stride(k_pad);
     struct amber_a8 *a = &t->gemm.a;
     *a = (struct amber_a8){.rows = rows, .k_pad = k_pad, .stride = stride};
     t->x = amber_alloc(sizeof(float) * (size_t)rows * (size_t)c->n_in);
     t->y = amber_alloc(sizeof(float) * (size_t)rows * (size_t)outputs);
-    t->work = amber_alloc(sizeof(float) * 2 * (size_t)c->n_in);
-    t->scratch = amber_alloc(amber_prune_scratch(c->n_in));
+    t->work = amber_alloc(sizeof(float) * 2 * (size_t)c->n_in * (size_t)threads);
+    t->scratch_bytes = amber_round_up((int64_t)amber_prune_scratch(c->n_in), 64);
+    t->scratch = amber_alloc((size_t)(t->scratch_bytes * threads));
     t->scale = amber_alloc(sizeof(float) * (size_t)outputs);
     a->q = amber_alloc((size_t)(rows * stride));
     a->scale = amber_alloc(sizeof(float) * (size_t)rows);
@@ -114,35 +146,40 @@ static bool new_product(struct amber_kernel_timer *t, const amber_kernel_case *c
     if (rows >= MIN_LISTED) t->nm.keep = amber_nm_listed(&t->kernels, &t->pattern);
     t->nm.stride = amber_nm_stride(k_pad);
     if (t->nm.keep) t->nm.lists = amber_alloc((size_t)(amber_nm_pairs(rows, 0) * t->nm.stride));
-    if (!cold_copies(t, outputs * k_pad, rows <= COLD_ROWS) || !t->x || !t->y || !t->work ||
+    const bool cold = (c->cold || rows <= COLD_ROWS) && t->work_fn != prepare_work;
+    if (!cold_copies(t, outputs * k_pad, cold, c->weights) || !t->x || !t->y || !t->work ||
         !t->scratch || !t->scale || !a->q || !a->scale || !a->sum || (t->nm.keep && !t->nm.lists))
         return false;
     fill_floats(t->x, (int64_t)rows * c->n_in);
     uint64_t state = 2;
-    for (int64_t i = 0; i < t->copies * t->copy_bytes; i += 4) {
+    for (int64_t i = 0; !t->borrowed && i < t->copy_bytes; i += 4) {
         const uint32_t four = next_random(&state) * 2 + 1;
         memcpy(t->cold + i, &four, 4);
     }
+    if (!t->borrowed) fill_copies(t);
     for (int64_t o = 0; o < outputs; o++) t->scale[o] = 0.01f;
     t->gemm.w =
         (struct amber_w8){.scale = t->scale, .n_out = c->n_out, .n_in = c->n_in, .k_pad = k_pad};
     t->gemm.y = t->y;
     t->gemm.ldy = outputs;
-    prepare(t, 0);
+    prepare_work(t, 0, 1);
     return true;
 }
 
-static bool new_attention(struct amber_kernel_timer *t, const amber_kernel_case *c) {
+static bool new_attention(struct amber_kernel_timer *t, const amber_kernel_case *c, int threads) {
     const int64_t n = (int64_t)c->rows * c->n_head * c->head_dim;
     const int positions = c->depth + c->rows;
     t->x = amber_alloc(sizeof(float) * (size_t)n);
     t->y = amber_alloc(sizeof(float) * (size_t)n);
-    t->scratch = amber_alloc(t->kernels.attention_scratch);
+    t->scratch_bytes = amber_round_up((int64_t)t->kernels.attention_scratch, 64);
+    t->scratch = amber_alloc((size_t)(t->scratch_bytes * threads));
     const int64_t bytes = (int64_t)4 * c->n_head_kv * positions * c->head_dim;
-    if (!cold_copies(t, bytes, c->rows <= COLD_ROWS) || !t->x || !t->y || !t->scratch) return false;
+    if (!cold_copies(t, bytes, c->rows <= COLD_ROWS, NULL) || !t->x || !t->y || !t->scratch)
+        return false;
     fill_floats(t->x, n);
-    for (int64_t i = 0, n_cells = t->copies * t->copy_bytes / 2; i < n_cells; i++)
+    for (int64_t i = 0; i < t->copy_bytes / 2; i++)
         t->kernels.f16_from_f32((uint16_t *)(void *)t->cold + i, t->x + i % n, 1);
+    fill_copies(t);
     t->attention = (struct amber_attention){.q = t->x,
                                             .out = t->y,
                                             .rows = c->rows,
@@ -185,8 +222,9 @@ amber_status amber_kernel_timer_new(const amber_kernel_case *wanted, amber_kerne
                                     amber_error *err) {
     static const struct {
         const char *name;
-        void (*call)(struct amber_kernel_timer *t, int copy);
-    } calls[] = {{"gemm", multiply}, {"prepare", prepare}, {"attention", attend}};
+        amber_work_fn work_fn;
+    } kernels[] = {
+        {"gemm", multiply_work}, {"prepare", prepare_work}, {"attention", attention_work}};
     *out = NULL;
     amber_kernel_timer *t = amber_alloc(sizeof *t);
     if (!t) return amber_fail(err, AMBER_ERR_MEMORY, "kernel timer: out of memory");
@@ -195,10 +233,12 @@ amber_status amber_kernel_timer_new(const amber_kernel_case *wanted, amber_kerne
     amber_kernel_case own = *wanted, *c = &own;
     const char *pattern = c->pattern ? c->pattern : "dense";
     char why[160];
-    for (size_t i = 0; i < sizeof calls / sizeof calls[0]; i++)
-        if (c->kernel && strcmp(c->kernel, calls[i].name) == 0) t->call = calls[i].call;
-    if (t->call == prepare) c->n_out = AMBER_PANEL; /* no product follows */
-    if (!t->call)
+    for (size_t i = 0; i < sizeof kernels / sizeof kernels[0]; i++)
+        if (c->kernel && strcmp(c->kernel, kernels[i].name) == 0) t->work_fn = kernels[i].work_fn;
+    const bool attention = t->work_fn == attention_work;
+    if (t->work_fn == prepare_work) c->n_out = AMBER_PANEL; /* no product follows */
+    c->threads = amber_max(c->threads, 1);
+    if (!t->work_fn)
         status = amber_fail(err, AMBER_ERR_ARGUMENT,
                             "kernel timer: expected gemm, prepare or attention, found \"%.40s\"",
                             c->kernel ? c->kernel : "");
@@ -209,8 +249,9 @@ amber_status amber_kernel_timer_new(const amber_kernel_case *wanted, amber_kerne
     else if (!amber_pattern_parse(pattern, strlen(pattern), &t->pattern, why, sizeof why))
         status = amber_fail(err, AMBER_ERR_ARGUMENT, "kernel timer: pattern: %s", why);
     else
-        status = check_case(c, t->call == attend, err);
-    if (status == AMBER_OK && !(t->call == attend ? new_attention(t, c) : new_product(t, c)))
+        status = check_case(c, attention, err);
+    if (status == AMBER_OK && c->threads > 1) status = amber_pool_new(c->threads, &t->pool, err);
+    if (status == AMBER_OK && !(attention ? new_attention : new_product)(t, c, c->threads))
         status = amber_fail(err, AMBER_ERR_MEMORY, "kernel timer: out of memory");
     if (status != AMBER_OK) {
         amber_kernel_timer_free(t);
@@ -222,19 +263,28 @@ amber_status amber_kernel_timer_new(const amber_kernel_case *wanted, amber_kerne
 
 void amber_kernel_timer_free(amber_kernel_timer *t) {
     if (!t) return;
-    void *const parts[] = {t->gemm.a.q, t->gemm.a.scale, t->gemm.a.sum, t->nm.lists, t->x,
-                           t->y,        t->work,         t->scratch,    t->cold,     t->scale};
+    void *const parts[] = {t->gemm.a.q,
+                           t->gemm.a.scale,
+                           t->gemm.a.sum,
+                           t->nm.lists,
+                           t->x,
+                           t->y,
+                           t->work,
+                           t->scratch,
+                           t->borrowed ? NULL : t->cold,
+                           t->scale};
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) amber_free(parts[i]);
+    if (t->pool) amber_pool_free(t->pool);
     amber_free(t);
 }
 
 double amber_kernel_timer_run(amber_kernel_timer *t) {
     t->calls = amber_max(t->calls, 1);
     for (;;) {
-        const double start = thread_seconds();
-        for (int i = 0; i < t->calls; i++) t->call(t, i % t->copies);
-        const double seconds = thread_seconds() - start;
-        if (seconds >= RUN_SECONDS && t->calls >= t->copies) return seconds / t->calls;
+        const double start = seconds_of(t);
+        for (int i = 0; i < t->calls; i++) call_once(t);
+        const double seconds = seconds_of(t) - start;
+        if (seconds >= RUN_SECONDS) return seconds / t->calls;
         t->calls *= 2;
     }
 }

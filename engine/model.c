@@ -494,10 +494,16 @@ static amber_status load_layer(struct loader *ld, int il) {
     return status == AMBER_OK && ld->m->shape.mixture[il] ? load_experts(ld, il) : status;
 }
 
+static bool same_pattern(const struct amber_pattern *p, const struct amber_pattern *q) {
+    return p->kind == q->kind && p->n == q->n && p->m == q->m && p->block == q->block &&
+           p->tokens == q->tokens && p->relief == q->relief;
+}
+
 /* Share of the multiplications of the layers' linear projections whose input is sparse: the coverage
- * of arXiv 2508.02128. With kernels, the share that these leave out. */
+ * of arXiv 2508.02128; where `only` is given, sparse by that pattern. With kernels, the share that
+ * these leave out. */
 static double sparse_share(const struct plan *plan, const struct shape *s,
-                           const struct amber_kernels *kernels) {
+                           const struct amber_pattern *only, const struct amber_kernels *kernels) {
     double share = 0, total = 0;
     for (int il = 0; il < s->n_layer; il++) {
         struct projection p[N_PROJ], expert[3];
@@ -511,7 +517,7 @@ static double sparse_share(const struct plan *plan, const struct shape *s,
                                 ? (double)s->n_expert_used * e->n_out * e->n_in
                                 : 0;
             total += work + chosen;
-            if (!rule_is_sparse(rule)) continue;
+            if (!rule_is_sparse(rule) || (only && !same_pattern(only, &rule->pattern))) continue;
             int keep = kernels ? amber_nm_listed(kernels, &rule->pattern) : 0;
             if (!kernels) share += work + chosen;
             if (keep) share += work * (16 - keep) / 16;
@@ -543,7 +549,23 @@ void model_work(const struct model *m, int64_t *multiplications, int64_t *bytes)
 }
 
 double model_skipped(const struct model *m, const struct amber_kernels *kernels) {
-    return m->float_weights ? 0 : sparse_share(&m->plan, &m->shape, kernels);
+    return m->float_weights ? 0 : sparse_share(&m->plan, &m->shape, NULL, kernels);
+}
+
+bool model_pattern(const struct model *m, int index, struct amber_pattern *pattern, double *share) {
+    const struct plan *plan = &m->plan;
+    for (int i = 0, found = 0; i < plan->n_layer * N_PROJ; i++) {
+        if (!rule_is_sparse(&plan->rules[i])) continue;
+        int first = 0;
+        while (!rule_is_sparse(&plan->rules[first]) ||
+               !same_pattern(&plan->rules[first].pattern, &plan->rules[i].pattern))
+            first++;
+        if (first < i || found++ < index) continue;
+        *pattern = plan->rules[i].pattern;
+        *share = sparse_share(plan, &m->shape, pattern, NULL);
+        return true;
+    }
+    return false;
 }
 
 amber_status model_read_plan(const struct gguf_file *file, const struct shape *s,
@@ -601,7 +623,7 @@ static amber_status load_all(struct loader *ld, const char *sparse, bool evaluat
     status = packed_check(m->file, &m->packed, ld->err);
     if (status == AMBER_OK)
         status = model_read_plan(m->file, s, sparse, evaluation, &m->plan, ld->err);
-    m->coverage = status == AMBER_OK ? sparse_share(&m->plan, s, NULL) : 0;
+    m->coverage = status == AMBER_OK ? sparse_share(&m->plan, s, NULL, NULL) : 0;
     if (status == AMBER_OK)
         status = find_weight(m->file, "token_embd.weight", s->n_vocab, s->n_embd, &m->embedding,
                              ld->err);

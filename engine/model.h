@@ -109,6 +109,7 @@ struct model {
     struct layer *layers;                /* [n_layer] */
     struct plan plan;
     int sparse_first_n; /* leading tokens that stay dense */
+    int sparse_min;     /* batches of fewer new tokens run dense */
     double coverage;    /* share of the layers' multiplications with a sparse operand */
     bool packed;        /* an Amber GGUF: w8 and scores point into the mapping */
     bool float_weights;
@@ -136,6 +137,10 @@ void *model_keep(struct model *model, size_t bytes);
 void model_work(const struct model *model, int64_t *multiplications, int64_t *bytes);
 /* Share of the layers' multiplications that the plan saves with these kernels in a long prompt. */
 double model_skipped(const struct model *model, const struct amber_kernels *kernels);
+/* The index-th of the plan's different patterns, and the share of the layers' multiplications whose
+ * input it prunes. false: there are fewer. */
+bool model_pattern(const struct model *model, int index, struct amber_pattern *pattern,
+                   double *share);
 /* Bytes that model_load would hold for this file, without converting anything. */
 amber_status model_estimate(const struct gguf_file *file, bool float_weights, struct shape *shape,
                             int64_t *weight_bytes, int64_t *mapped_bytes, amber_error *err);

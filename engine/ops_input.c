@@ -355,7 +355,7 @@ static void make_inputs(struct batch *b, const struct linear *const w[], int n, 
     choose_inputs(b, w, n, lists);
     if (b->sparse && b->model->plan.clact) measure_columns(b, job);
     run_rows(b, input_work, (void *)job);
-    if (b->tap && b->sparse) show_input(b, w[0]);
+    if (b->tap && b->prefill) show_input(b, w[0]);
 }
 
 void op_norm(struct batch *b, const struct norm *norm, const struct linear *const w[], int n) {

@@ -235,6 +235,15 @@ static int batch_end(const struct batch *b, int pos, int n) {
     return end - end % 2 > pos ? end - end % 2 : end;
 }
 
+/* Before the tokens from n_past to n are computed: sparse by the size of their batches, so that one
+ * prompt does not change its kind on the way. */
+static void begin_prefill(struct amber_session *session, int n) {
+    struct batch *b = &session->batch;
+    b->prefill = true;
+    b->sparse = b->model->plan.any &&
+                batch_end(b, session->n_past, n) - session->n_past >= b->model->sparse_min;
+}
+
 /* Where computing can go on that wants to go on at position pos: there, unless a ring has lost
  * positions that its window shows; then from the start. */
 static int resume_at(const struct amber_session *session, int pos) {
@@ -313,11 +322,12 @@ amber_status amber_session_sync(amber_session *session, const int32_t *tokens, i
     common = resume_at(session, amber_min(common, n - 1));
     session->stats.cached_tokens = common;
     session->n_past = common;
-    session->batch.sparse = true;
+    begin_prefill(session, n);
 
     double start = amber_seconds();
     status = extend(session, tokens, n, n - 1, session->logits, err);
     double seconds = amber_seconds() - start;
+    session->stats.prefill_sparse = session->batch.sparse;
     if (n - common > 1) {
         session->stats.prefill_tokens = session->n_past - common;
         session->stats.prefill_seconds = seconds;
@@ -339,7 +349,7 @@ amber_status amber_session_append(amber_session *session, int32_t token, amber_e
         return amber_fail(err, AMBER_ERR_ARGUMENT, "token: expected 0..%d, found %d",
                           session->batch.model->shape.n_vocab - 1, token);
     double start = amber_seconds();
-    session->batch.sparse = false;
+    session->batch.prefill = session->batch.sparse = false;
     session->tokens[n] = token;
     amber_status status = extend(session, session->tokens, n + 1, n, session->logits, err);
     session->has_logits = status == AMBER_OK;
@@ -355,11 +365,12 @@ amber_status amber_session_score(amber_session *session, const int32_t *tokens, 
     if (first < 0 || first >= n)
         return amber_fail(err, AMBER_ERR_ARGUMENT, "first: expected 0..%d, found %d", n - 1, first);
     session->n_past = 0;
-    session->batch.sparse = true;
+    begin_prefill(session, n);
     double start = amber_seconds();
     status = extend(session, tokens, n, first, out, err);
     session->stats.cached_tokens = 0;
     session->stats.prefill_tokens = session->n_past;
+    session->stats.prefill_sparse = session->batch.sparse;
     session->stats.prefill_seconds = amber_seconds() - start;
     return status;
 }

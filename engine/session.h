@@ -40,7 +40,8 @@ struct batch {
     struct amber_pool *pool;
 
     int rows, pos0; /* rows at positions pos0 .. pos0 + rows - 1 */
-    bool sparse;    /* prefill: the plan's rules apply; decode is dense */
+    bool prefill;   /* else a step of decoding */
+    bool sparse;    /* the plan's rules apply: in prefill of enough tokens */
     int n_ctx, n_batch;
     float *x;         /* [rows, n_embd] residual stream */
     float *q, *attn;  /* [rows, n_head * head_dim] */

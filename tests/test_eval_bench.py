@@ -257,12 +257,16 @@ def test_bench_hash_is_that_of_the_logits(demo_model):
 
 
 def test_bench_kernels():
-    args = ["--kernels", "-p", "32", "-d", "8", "-r", "1", "--isa", "ref", "--sparse", "8:16x4t2"]
+    args = ["--kernels", "-p", "32", "-d", "8", "-r", "1", "-t", "1,2", "--isa", "ref"]
+    args += ["--shapes", "64x96", "--sparse", "8:16x4t2"]
     done = command("bench", *args, "--json", "-q")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     few = [r for r in rows if r["kernel"] == "gemm" and r["rows"] <= 16]
-    assert [r["rows"] for r in few] == 3 * [1, 4, 8, 16]
+    assert [(r["rows"], r["threads"]) for r in few] == [
+        (n, t) for t in (1, 2) for n in (1, 4, 8, 16)
+    ]
+    assert {(r["n_out"], r["n_in"]) for r in few} == {(64, 96)}
     assert {r["kernel"] for r in rows} == {"gemm", "prepare", "attention"}
     for r in rows:
         assert tuple(r) == kernel_bench.KEYS
@@ -311,6 +315,8 @@ def test_bench_command_refuses(demo_model):
         ([], 2, "MODEL"),
         (["demo", "--kernels"], 2, "no model"),
         (["demo", "--plot", "a.txt"], 2, "a.txt"),
+        (["demo", "--shapes", "16x16"], 2, "--kernels"),
+        (["--kernels", "--shapes", "16x"], 2, "16x"),
         (["--kernels", "--sparse", "x", "--isa", "ref"], 1, "pattern"),
         (["no-model"], 1, "no-model"),
         (["demo", "-p", "x"], 2, "-p"),

@@ -80,6 +80,15 @@ class Callbacks:
         self.error: BaseException | None = None
         self.handle = ffi.new_handle(self)
 
+    def say(self, level: str, message: str) -> None:
+        """One line of the log. level: one of LEVELS."""
+        if self.log is not None:
+            self.log(level, message)
+        else:
+            import logging
+
+            getattr(logging.getLogger("amber"), level)("%s", message)
+
     def check(self, status: int, err: Any) -> None:
         """Raises what a callback raised, else what C reports in `err`."""
         error = self.error or _stray.pop(threading.get_ident(), None)
@@ -122,12 +131,7 @@ def amber_py_log(user: Any, level: int, message: Any) -> None:
     callbacks = ffi.from_handle(user)
     name = LEVELS[min(max(level, 0), 3)]
     try:
-        if callbacks.log is not None:
-            callbacks.log(name, text(message))
-        else:
-            import logging
-
-            getattr(logging.getLogger("amber"), name)("%s", text(message))
+        callbacks.say(name, text(message))
     except BaseException as error:
         callbacks.error = error
 

@@ -15,7 +15,6 @@ import functools
 import itertools
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from typing import Any
 from . import kernel_bench
 from ._lib import check, ffi, lib
 from .command import UsageError, run_command
+from .crossover import cpu_name
 from .engine import PRECISIONS, Engine, isa_list, memory_estimate
 from .errors import AmberError
 from .models import find_model
@@ -168,7 +168,12 @@ class Worker:
                 session.append(token)
             seconds = session.stats["decode_seconds"] - before
         name = fnv1a(bytes(memoryview(session.logits).cast("B"))) if want_hash else None
-        return {"seconds": seconds, "logits_hash": name, "peak_rss_bytes": peak_rss_bytes()}
+        return {
+            "seconds": seconds,
+            "logits_hash": name,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "sparse": bool(session.stats["prefill_sparse"]),
+        }
 
 
 def peak_rss_bytes() -> int:
@@ -290,6 +295,7 @@ def row(child: Child, job: Job, results: Sequence[dict[str, Any]]) -> dict[str, 
     values = {
         "model": child.config.model,
         "test": str(job),
+        "sparse": "off" if job.kind == "pp" and not results[0]["sparse"] else info["sparse"],
         "tokens_per_second": speed,
         "stddev": statistics.stdev(rates) if len(rates) > 1 else 0.0,
         "share_of_peak": share_of_peak(job, info, speed),
@@ -312,15 +318,6 @@ def _bar(total: int, quiet: bool) -> Any:
         total=total, unit="run", leave=False, file=sys.stderr, dynamic_ncols=True,
         disable=True if quiet else None,
     )  # fmt: skip
-
-
-@functools.cache
-def cpu_name() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 @functools.cache
@@ -376,8 +373,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--kernels",
         action="store_true",
-        help="no model: single kernels on one thread, products of 1 to 16 and -p rows, dense and "
-        "with the patterns of --sparse, and attention behind -d tokens (0,4096)",
+        help="no model: single kernels on -t threads (1), products of 1 to 16 and -p rows, dense "
+        "and with the patterns of --sparse, and attention behind -d tokens (0,4096)",
+    )
+    top.add_argument(
+        "--shapes",
+        metavar="NxK[,NxK]",
+        help="of the products of --kernels, outputs x inputs (2048x2048,8192x2048,2048x8192)",
     )
     top.add_argument("-p", "--prompt", default="512", metavar="N[,N]", help="pp sizes; 0: no (512)")
     top.add_argument("-n", "--gen", default="64", metavar="N[,N]", help="tg sizes; 0: no (64)")
@@ -415,6 +417,13 @@ def integers(name: str, text: str, low: int) -> list[int]:
             raise UsageError(f"{name}: expected whole numbers from {low}, found {text!r}")
         values.append(int(item))
     return list(dict.fromkeys(values))
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    """ "2048x8192,3x5" -> [(2048, 8192), (3, 5)]."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", text):
+        raise UsageError(f"--shapes: expected outputs x inputs such as 2048x8192, found {text!r}")
+    return [(int(n), int(k)) for n, k in (shape.split("x") for shape in text.split(","))]
 
 
 def columns(text: str) -> list[str]:
@@ -528,13 +537,15 @@ def kernel_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         [n for n in integers("-p", args.prompt, 0) if n],
         integers("-d", args.depth or "0,4096", 0),
         patterns,
+        shapes(args.shapes) if args.shapes else kernel_bench.SHAPES,
     )
     isas = columns(args.isa) if args.isa else kernel_bench.default_isas()
-    with _bar(len(isas) * len(groups), args.quiet) as bar:
-        for isa in isas:
-            limits = peaks(1, isa)
+    configs = list(itertools.product(isas, integers("-t", args.threads or "1", 1)))
+    with _bar(len(configs) * len(groups), args.quiet) as bar:
+        for isa, threads in configs:
+            limits = peaks(threads, isa)
             for group in groups:
-                for result in kernel_bench.measure_group(group, isa, args.repeats, limits):
+                for result in kernel_bench.measure_group(group, isa, threads, args.repeats, limits):
                     yield result | {"commit": commit(), "cpu": cpu_name()}
                 bar.update()
 
@@ -546,7 +557,7 @@ def label_of(r: dict[str, Any]) -> str:
     """What tells a row from its neighbours."""
     if "kernel" in r:
         shape = f"{r['n_out']}x{r['n_in']}" if r["n_out"] else f"{r['n_in'] or r['depth']}"
-        return f"{r['kernel']} {shape} T={r['rows']} {r['pattern']}"
+        return f"{r['kernel']} {shape} T={r['rows']} {r['pattern']} x{r['threads']}"
     name = os.path.splitext(os.path.basename(r["model"]))[0]
     return f"{r['test']}  {name} {r['sparse']} {r['precision']} {r['isa']} x{r['threads']}"
 
@@ -605,6 +616,8 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--kernels: expected no model, found {args.models[0]!r}")
         rows = write(kernel_rows(args), kernel_bench.KEYS, kernel_bench.markdown, args)
     else:
+        if args.shapes:
+            raise UsageError("--shapes: expected --kernels beside it")
         configs, jobs = plan(args)
         check_memory(configs, jobs)
         rows = write(measure(configs, jobs, args.repeats, args.quiet), KEYS, model_table, args)

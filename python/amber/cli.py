@@ -76,13 +76,20 @@ def parser() -> argparse.ArgumentParser:
         "--sparse",
         default="auto",
         metavar="S",
-        help="off; auto: as the file says; a pattern (8:16, 2:4@all, 8:16x4t2@q,gate,down) or a "
-        "plan file (auto)",
+        help="off; auto: as the file says, where that is faster here; a pattern (8:16, 2:4@all, "
+        "8:16x4t2@q,gate,down) or a plan file (auto)",
     )
     sparse.add_argument("--criterion", choices=CRITERIA, help="how channels are ranked (act)")
     sparse.add_argument("--mitigation", help=f"{', '.join(MITIGATIONS)}; several with + (none)")
     sparse.add_argument(
         "--sparse-first-n", type=int, default=0, metavar="N", help="first tokens kept dense (0)"
+    )
+    sparse.add_argument(
+        "--sparse-min-tokens",
+        type=int,
+        metavar="N",
+        help="prompts with fewer new tokens run dense (with auto, as many as this machine needs to "
+        "gain, measured once; else 0)",
     )
 
     sample = top.add_argument_group("sampling")
@@ -259,6 +266,7 @@ def run(args: argparse.Namespace) -> int:
             criterion=args.criterion,
             mitigation=args.mitigation,
             sparse_first_n=args.sparse_first_n,
+            sparse_min_tokens=args.sparse_min_tokens,
             progress=bars,
             log=log_to_stderr(args),
             chat_template=template,

@@ -34,6 +34,7 @@ from .sparse import Sparse, plan_text
 from .tokenizer import Tokenizer
 
 Prompt = str | Messages | Sequence[int]  # raw text | chat | token ids
+NEVER_SPARSE = 2**31 - 1
 PRECISIONS = {"int8": lib.AMBER_PRECISION_INT8, "float": lib.AMBER_PRECISION_FLOAT}
 
 
@@ -73,6 +74,7 @@ class EngineInfo:
     window: int  # positions that windowed layers see; 0: no such layers
     layer_multiplications: int  # of the layers' projections, for one token
     token_bytes: int  # of weight matrices that one token's decoding reads
+    sparse_min: int  # prompts with fewer new tokens run dense; NEVER_SPARSE: all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,9 @@ class Engine:
         given back for the pruned ones ("none", "var", "dpts", "dpts-median", and where the file
         carries their vectors "spts", "spts-channel", "lpts", "ls", "rsparse:R").
     sparse_first_n: the first tokens of a session that stay dense.
+    sparse_min_tokens: prompts with fewer new tokens run dense. None: $AMBER_SPARSE_MIN_TOKENS, else
+        with sparse="auto" as many as this machine needs to gain by the plan, which may be more than
+        any prompt has (measured once per machine, see crossover.py), with anything else none.
     chat_template: Jinja text in place of the file's own, or the name of a family ("chatml",
         "llama3", ...: chat_families.FAMILIES). A file without one is recognized by its special
         tokens where it can be; chat_template_source says what came of it.
@@ -130,6 +135,7 @@ class Engine:
         criterion: str | None = None,
         mitigation: str | None = None,
         sparse_first_n: int = 0,
+        sparse_min_tokens: int | None = None,
         chat_template: str | None = None,
         evaluation: bool = False,
     ) -> None:
@@ -159,6 +165,11 @@ class Engine:
         c_info = new_struct("amber_engine_info")
         with self._handle as pointer:
             lib.amber_engine_get_info(pointer, c_info)
+        c_info.sparse_min = self._sparse_min(
+            sparse_min_tokens, plan == "auto" and not evaluation, c_info, callbacks
+        )
+        with self._handle as pointer:
+            lib.amber_engine_set_sparse_min(pointer, c_info.sparse_min)
         self._n_ctx = c_info.n_ctx_train if n_ctx == 0 else n_ctx
         # Sessions for generate() and kin, kept for their prefix. They see the engine through a
         # proxy: a cycle would hold its memory until the collector comes by.
@@ -172,6 +183,46 @@ class Engine:
             **{name: stats[name] for name in ("n_ctx", "kv_bytes", "scratch_bytes")},
         }
         self.info = EngineInfo(**facts)
+
+    def _sparse_min(
+        self, given: int | None, measured: bool, info: Any, callbacks: Callbacks
+    ) -> int:
+        """New tokens of a prompt below which it runs dense."""
+        if given is None and (own := os.environ.get("AMBER_SPARSE_MIN_TOKENS")):
+            if not own.isdecimal():
+                raise ValueError(f"AMBER_SPARSE_MIN_TOKENS: expected a number, found {own!r}")
+            given = int(own)
+        if given is not None:
+            if given < 0:
+                raise ValueError(f"sparse_min_tokens: expected 0 or more, found {given}")
+            return min(given, NEVER_SPARSE)
+        shares = self._plan_shares()
+        if not (measured and shares and info.precision == lib.AMBER_PRECISION_INT8):
+            return 0
+        from .crossover import machine_min_tokens  # which times kernels of this library
+
+        found = machine_min_tokens(shares, text(info.isa), info.threads)
+        which = "all prompts" if found == NEVER_SPARSE else f"prompts under {found} tokens"
+        callbacks.say(
+            "info",
+            f"sparse auto: {text(info.sparse)}; {which} run dense, as is faster on this machine",
+        )
+        return found
+
+    def _plan_shares(self) -> dict[str, float]:
+        """By pattern of the plan: the share of the layers' multiplications that it prunes."""
+        shares: dict[str, float] = {}
+        share = ffi.new("double *")
+        with self._handle as pointer:
+            while True:
+                index = len(shares)
+                pattern = _grow(
+                    lambda buf, cap, i=index: lib.amber_engine_pattern(pointer, i, buf, cap, share)
+                )
+                if pattern is None:
+                    break
+                shares[pattern] = share[0]
+        return shares
 
     def _choose_template(self, given: str | None) -> None:
         """Sets chat_template, the Jinja text or None, and where it comes from: "file", "given",

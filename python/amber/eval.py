@@ -268,6 +268,7 @@ def measure(
 ) -> dict[str, Any]:
     """Opens a model, evaluates it, and returns the object that --json prints."""
     common = {"n_ctx": args.ctx, "threads": args.threads, "isa": args.isa}
+    common["sparse_min_tokens"] = 0  # the plan's quality, whatever the machine gains by it
     methods = {}
     if sparse not in ("off", "auto"):
         methods = {"criterion": args.criterion, "mitigation": args.mitigation}

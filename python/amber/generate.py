@@ -38,7 +38,7 @@ class Result:
     ttft: float = 0.0  # seconds from the call to the first token
     decode_seconds: float = 0.0  # for all tokens after the first
     seed: int = 0
-    sparse: str = "off"  # what runs sparse in prefill
+    sparse: str = "off"  # what ran sparse in prefill
 
     def __str__(self) -> str:
         return self.text
@@ -158,6 +158,8 @@ class Stream:
                 return
             finally:
                 result.prefill_seconds = perf_counter() - begun
+            if not session.stats["prefill_sparse"]:
+                result.sparse = "off"
             for token in tokens:
                 sampler.accept(token)
             stops = StopStrings(params.stop)

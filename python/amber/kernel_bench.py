@@ -1,10 +1,27 @@
-"""The kernels of the engine by themselves: `amber-bench --kernels`.
+"""The kernels of the engine by themselves: `amber-bench --kernels`, and a time model of plans.
 
-Every kernel runs on one thread. The cases of one kernel and shape take turns within each
-repetition; seconds are CPU time of that thread. A row holds the seconds of one call; `speedup` is the dense
-case over it, by medians. share_of_peak holds products of many rows against the INT8
-operations of this machine (what a sparse product skips counts as done, so that it may pass 1), and
-what waits for memory, products of up to 16 rows and attention of one, against its reads.
+A row (`--json`: one object per line, `--csv`: one line; keys as in KEYS) is one kernel with one
+shape:
+
+kernel   "gemm": y [rows, n_out] = x [rows, n_in] W^T in INT8, the rows of x already pruned by
+         `pattern` ("dense": not at all), quantized and listed. Up to 16 rows W comes from memory
+         each time, as in decode; with more rows the same W is read again and again.
+         "prepare": what precedes it, `rows` rows of n_in float32 pruned, quantized and listed;
+         n_out is 0. Projections that read the same input and have the same rule share it.
+         "attention": `rows` tokens behind `depth` others, 32 query heads and 8 cache heads of 64.
+seconds  of one call, the median over `repeats`; `seconds_min` is the least. With one thread the
+         thread's CPU time, with several the clock.
+rate     what a call does in `unit` per second: "GMAC/s" counts what a sparse product skips as
+         done, "GB/s" the bytes of W or of the cache, "G/s" elements.
+speedup  of the dense case of the same kernel, rows and shape over it, by medians; the cases that
+         are compared take turns within each repetition.
+share_of_peak  of this machine's INT8 operations (gemm of more than 16 rows; may pass 1 where the
+         product skips) or of its memory reads (gemm of fewer rows, attention of one); else null.
+threads, isa, repeats, commit, cpu   how and where it was measured.
+
+A layer of a plan takes, for `rows` tokens, the sum over its inputs of prepare(pattern, rows, n_in)
+and over its projections of gemm(pattern, rows, n_out, n_in); time is proportional to n_out to
+within a few per cent, so that `--shapes` needs only a model's distinct n_in.
 """
 
 import statistics
@@ -16,8 +33,8 @@ from ._lib import check, ffi, lib
 from .engine import isa_list
 
 KEYS = (
-    "kernel", "pattern", "rows", "n_out", "n_in", "depth", "isa", "seconds", "seconds_min",
-    "rate", "unit", "speedup", "share_of_peak", "repeats", "commit", "cpu",
+    "kernel", "pattern", "rows", "n_out", "n_in", "depth", "threads", "isa", "seconds",
+    "seconds_min", "rate", "unit", "speedup", "share_of_peak", "repeats", "commit", "cpu",
 )  # fmt: skip
 
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192))
@@ -30,7 +47,7 @@ FROM_MEMORY = 16  # rows up to which a product waits for its weights
 @dataclass(frozen=True, slots=True)
 class Case:
     """One kernel: `rows` rows against [n_out, n_in] weights, or attention of `rows` tokens behind
-    `depth` others."""
+    `depth` others. cold: the weights come from memory each time, however many rows there are."""
 
     kernel: str  # "gemm" | "prepare" | "attention"
     rows: int
@@ -38,6 +55,7 @@ class Case:
     n_in: int = 0
     pattern: str = "dense"
     depth: int = 0
+    cold: bool = False
 
     def work(self) -> tuple[float, str]:
         """What one call does, and its unit per second: GMAC, GB or G (elements)."""
@@ -55,34 +73,66 @@ class Case:
 
 
 class Timer:
-    """Holds the operands of a case. Errors: ArgumentError, OutOfMemoryError."""
+    """Holds the operands of a case. weights: a timer whose weights it borrows where the shapes
+    agree. Errors: ArgumentError, OutOfMemoryError."""
 
-    def __init__(self, case: Case, isa: str) -> None:
+    def __init__(
+        self, case: Case, isa: str, threads: int = 1, weights: "Timer | None" = None
+    ) -> None:
         names = [ffi.new("char[]", text.encode()) for text in (isa, case.kernel, case.pattern)]
         described = ffi.new("amber_kernel_case *")
         described.isa, described.kernel, described.pattern = names
         described.rows, described.n_out, described.n_in = case.rows, case.n_out, case.n_in
+        described.threads, described.cold = threads, case.cold
         described.depth, described.head_dim = case.depth, HEAD_DIM
         described.n_head, described.n_head_kv = HEADS, KV_HEADS
+        if weights is not None:
+            described.weights = weights._pointer
         out, err = ffi.new("amber_kernel_timer **"), ffi.new("amber_error *")
         check(lib.amber_kernel_timer_new(described, out, err), err)
-        self._pointer = ffi.gc(out[0], lib.amber_kernel_timer_free)
+        self._pointer = out[0]
+        self._lender = weights  # lives as long as this
 
     def seconds(self) -> float:
         return lib.amber_kernel_timer_run(self._pointer)
 
     def close(self) -> None:
-        ffi.release(self._pointer)
+        """May be called again. What it lent must be closed first."""
+        lib.amber_kernel_timer_free(self._pointer)
+        self._pointer = ffi.NULL
 
 
-def groups(rows: Sequence[int], depths: Sequence[int], patterns: Sequence[str]) -> list[list[Case]]:
+def take_turns(cases: Sequence[Case], isa: str, threads: int, repeats: int) -> list[list[float]]:
+    """Seconds of the repetitions of each case, after one to warm up."""
+    timers: list[Timer] = []
+    try:
+        for case in cases:
+            timers.append(Timer(case, isa, threads, timers[0] if timers else None))
+        seconds: list[list[float]] = [[] for _ in cases]
+        for repeat in range(repeats + 1):
+            for timer, found in zip(timers, seconds, strict=True):
+                value = timer.seconds()
+                if repeat:
+                    found.append(value)
+        return seconds
+    finally:
+        for timer in reversed(timers):
+            timer.close()
+
+
+def groups(
+    rows: Sequence[int],
+    depths: Sequence[int],
+    patterns: Sequence[str],
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+) -> list[list[Case]]:
     """Cases that are measured together; the first of a group is its dense one."""
     found = []
-    for n_out, n_in in SHAPES:
+    for n_out, n_in in shapes:
         found += [[Case("gemm", r, n_out, n_in)] for r in FEW_ROWS]
         found += [[Case("gemm", r, n_out, n_in, p) for p in patterns] for r in rows]
     for r in rows:
-        for n_in in sorted({n_in for _, n_in in SHAPES}):
+        for n_in in sorted({n_in for _, n_in in shapes}):
             found.append([Case("prepare", r, 0, n_in, p) for p in patterns])
     for depth in depths:
         found += [[Case("attention", r, depth=depth)] for r in (1, *rows) if depth or r > 1]
@@ -90,22 +140,10 @@ def groups(rows: Sequence[int], depths: Sequence[int], patterns: Sequence[str]) 
 
 
 def measure_group(
-    cases: Sequence[Case], isa: str, repeats: int, limits: tuple[float, float]
+    cases: Sequence[Case], isa: str, threads: int, repeats: int, limits: tuple[float, float]
 ) -> Iterator[dict[str, Any]]:
     """Rows with KEYS but commit and cpu. limits: INT8 operations and bytes read per second."""
-    timers: list[Timer] = []
-    try:
-        for case in cases:
-            timers.append(Timer(case, isa))
-        seconds: list[list[float]] = [[] for _ in cases]
-        for repeat in range(repeats + 1):  # the first warms up
-            for timer, found in zip(timers, seconds, strict=True):
-                value = timer.seconds()
-                if repeat:
-                    found.append(value)
-    finally:
-        for timer in timers:
-            timer.close()
+    seconds = take_turns(cases, isa, threads, repeats)
     ops, read = limits
     dense = statistics.median(seconds[0])
     for case, found in zip(cases, seconds, strict=True):
@@ -118,25 +156,15 @@ def measure_group(
             share = 2e9 * amount / middle / ops
         yield {
             "kernel": case.kernel, "pattern": case.pattern, "rows": case.rows,
-            "n_out": case.n_out, "n_in": case.n_in, "depth": case.depth, "isa": isa,
-            "seconds": middle, "seconds_min": min(found), "rate": amount / middle, "unit": unit,
-            "speedup": dense / middle, "share_of_peak": share, "repeats": repeats,
+            "n_out": case.n_out, "n_in": case.n_in, "depth": case.depth, "threads": threads,
+            "isa": isa, "seconds": middle, "seconds_min": min(found), "rate": amount / middle,
+            "unit": unit, "speedup": dense / middle, "share_of_peak": share, "repeats": repeats,
         }  # fmt: skip
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    head = [
-        "kernel",
-        "pattern",
-        "rows",
-        "shape",
-        "isa",
-        "ms",
-        "min ms",
-        "rate",
-        "x dense",
-        "of peak",
-    ]
+    head = ["kernel", "pattern", "rows", "shape", "isa", "threads", "ms", "min ms", "rate",
+            "x dense", "of peak"]  # fmt: skip
     yield "| " + " | ".join(head) + " |"
     yield "|" + " --- |" * len(head)
     for r in rows:
@@ -145,7 +173,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             shape = f"{HEADS}/{KV_HEADS} x {HEAD_DIM} @ {r['depth']}"
         share = r["share_of_peak"]
         cells = [
-            r["kernel"], r["pattern"], str(r["rows"]), shape, r["isa"],
+            r["kernel"], r["pattern"], str(r["rows"]), shape, r["isa"], str(r["threads"]),
             f"{1e3 * r['seconds']:.3f}", f"{1e3 * r['seconds_min']:.3f}",
             f"{r['rate']:.2f} {r['unit']}", f"{r['speedup']:.2f}",
             "-" if share is None else f"{share:.2f}",

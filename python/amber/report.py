@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from . import __version__
-from .engine import Engine, EngineInfo
+from .engine import NEVER_SPARSE, Engine, EngineInfo
 from .generate import Result
 
 
@@ -27,7 +27,12 @@ def sparse_line(info: EngineInfo) -> str:
         saved = f"{100 * info.skipped:.0f} % of the work skipped"
     else:
         saved = f"no time saved: {info.isa} has no kernel that skips this pattern"
-    return f"{info.sparse} ({100 * info.coverage:.0f} %; {saved})"
+    dense = ""
+    if info.sparse_min == NEVER_SPARSE:
+        dense = "; no gain on this machine: all prompts run dense"
+    elif info.sparse_min > 0:
+        dense = f"; prompts under {info.sparse_min} tokens run dense"
+    return f"{info.sparse} ({100 * info.coverage:.0f} %; {saved}{dense})"
 
 
 def model_line(engine: Engine) -> str:
