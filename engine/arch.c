@@ -13,11 +13,11 @@ static const struct arch architectures[] = {
     {.name = "qwen2moe", .rope_halves = true},
     {.name = "qwen3", .rope_halves = true},
     {.name = "qwen3moe", .rope_halves = true, .expert_norm = true},
-    {.name = "gemma", .rope_halves = true, .gelu = true, .scale_embedding = true},
+    {.name = "gemma", .rope_halves = true, .act = ACT_GELU, .scale_embedding = true},
     {.name = "gemma2",
      .norms = NORM_PRE_POST,
      .rope_halves = true,
-     .gelu = true,
+     .act = ACT_GELU,
      .scale_embedding = true,
      .window_period = 2,
      .window = 4096,
@@ -27,7 +27,7 @@ static const struct arch architectures[] = {
     {.name = "gemma3",
      .norms = NORM_PRE_POST,
      .rope_halves = true,
-     .gelu = true,
+     .act = ACT_GELU,
      .scale_embedding = true,
      .window_period = 6,
      .window_base = 10000,
@@ -40,7 +40,7 @@ static const struct arch architectures[] = {
     {.name = "olmoe", .rope_halves = true},
     {.name = "starcoder2",
      .layer_norm = true,
-     .gelu = true,
+     .act = ACT_GELU,
      .no_gate = true,
      .rope_halves = true,
      .window_period = 1},
@@ -54,21 +54,56 @@ static const struct arch architectures[] = {
     {.name = "phi2",
      .norms = NORM_PARALLEL,
      .layer_norm = true,
-     .gelu = true,
+     .act = ACT_GELU,
      .no_gate = true,
      .rope_halves = true},
+    {.name = "chatglm"},
     {.name = "glm4", .norms = NORM_PRE_POST},
+    {.name = "glm4moe",
+     .ffn_norm = "post_attention_norm",
+     .rope_halves = true,
+     .expert_norm = true,
+     .expert_sigmoid = true},
     {.name = "ernie4_5"},
+    {.name = "ernie4_5-moe", .expert_norm = true},
+    {.name = "exaone4",
+     .norms = NORM_POST,
+     .rope_halves = true,
+     .window_period = 4,
+     .rope_windowed = true},
+    {.name = "hunyuan-dense", .rope_halves = true, .rope_first = true},
+    {.name = "hunyuan-moe", .rope_halves = true, .rope_first = true, .expert_norm = true},
+    {.name = "mistral3", .window_period = 1, .expert_norm = true},
+    {.name = "arcee", .act = ACT_RELU2, .no_gate = true},
+    {.name = "nemotron",
+     .layer_norm = true,
+     .act = ACT_RELU2,
+     .no_gate = true,
+     .rope_halves = true},
+    {.name = "dots1", .rope_halves = true, .expert_norm = true, .expert_sigmoid = true},
+    {.name = "minimax-m2", .rope_halves = true, .expert_norm = true, .expert_sigmoid = true},
+    /* Of models with vision the part on text, whose positions count the same along all axes. */
+    {.name = "qwen2vl", .rope_halves = true},
+    {.name = "qwen3vl", .rope_halves = true},
+    {.name = "qwen3vlmoe", .rope_halves = true, .expert_norm = true},
+    {.name = "gpt-oss",
+     .ffn_norm = "post_attention_norm",
+     .act = ACT_CLAMPED,
+     .rope_halves = true,
+     .window_period = 2,
+     .expert_norm = true,
+     .yarn_exact = true},
     {.name = "seed_oss", .ffn_norm = "post_attention_norm", .rope_halves = true},
 };
 
-#define MAX_EXPERTS     1024
 #define N_ARCHITECTURES (sizeof architectures / sizeof architectures[0])
 
 const char *arch_list(void) {
     return "llama (as Mistral, Mixtral and SmolLM2 are) qwen2 qwen2moe qwen3 qwen3moe gemma gemma2 "
-           "gemma3 phi2 phi3 smollm3 olmo2 olmoe granite granitemoe starcoder2 stablelm command-r "
-           "cohere2 glm4 ernie4_5 seed_oss";
+           "gemma3 gpt-oss mistral3 phi2 phi3 smollm3 olmo2 olmoe granite granitemoe starcoder2 "
+           "stablelm command-r cohere2 chatglm glm4 glm4moe ernie4_5 ernie4_5-moe exaone4 "
+           "hunyuan-dense hunyuan-moe arcee nemotron dots1 minimax-m2 seed_oss, and of models with "
+           "vision the part on text: qwen2vl qwen3vl qwen3vlmoe";
 }
 
 /* Integer key "<arch>.<name>"; per-layer arrays serve where all their elements agree. */
@@ -122,13 +157,14 @@ static amber_status missing(const struct gguf_file *file, const char *arch, cons
 
 /* YaRN (arXiv 2309.00071, section 3.2): frequencies that turn more than beta_fast times within the
  * original context stay, those below beta_slow turns are interpolated, with a linear ramp between.
- * Returns the share of interpolation for pair i. */
+ * The ramp's ends are rounded to pairs, but for exact. Returns the share of interpolation for pair i. */
 static double yarn_ramp(int i, int n_rot, double base, double n_ctx_orig, double beta_fast,
-                        double beta_slow) {
+                        double beta_slow, bool exact) {
     const double pi = 3.14159265358979323846;
-    double low = floor(n_rot * log(n_ctx_orig / (beta_fast * 2 * pi)) / (2 * log(base)));
-    double high = ceil(n_rot * log(n_ctx_orig / (beta_slow * 2 * pi)) / (2 * log(base)));
-    low = fmax(low, 0);
+    double low = n_rot * log(n_ctx_orig / (beta_fast * 2 * pi)) / (2 * log(base));
+    double high = n_rot * log(n_ctx_orig / (beta_slow * 2 * pi)) / (2 * log(base));
+    low = fmax(exact ? low : floor(low), 0);
+    high = exact ? high : ceil(high);
     high = fmin(high, n_rot - 1);
     double ramp = (i - low) / fmax(high - low, 0.001);
     return fmin(fmax(ramp, 0), 1);
@@ -169,17 +205,23 @@ static amber_status read_rope(const struct gguf_file *file, struct shape *s, amb
     const char *arch = s->arch->name;
     const int half = s->n_rot / 2;
     double base = 10000, local_base = s->arch->window_base, factor = 0, attn_factor = 1;
-    double beta_fast = 32, beta_slow = 1;
+    double beta_fast = 32, beta_slow = 1, log_factor = 0;
     if (get_float(file, arch, "rope.freq_base", &base, err) < 0 ||
         get_float(file, arch, "rope.freq_base_swa", &local_base, err) < 0 ||
         get_float(file, arch, "rope.scale_linear", &factor, err) < 0 ||
         get_float(file, arch, "rope.scaling.factor", &factor, err) < 0 ||
         get_float(file, arch, "rope.scaling.attn_factor", &attn_factor, err) < 0 ||
         get_float(file, arch, "rope.scaling.yarn_beta_fast", &beta_fast, err) < 0 ||
-        get_float(file, arch, "rope.scaling.yarn_beta_slow", &beta_slow, err) < 0)
+        get_float(file, arch, "rope.scaling.yarn_beta_slow", &beta_slow, err) < 0 ||
+        get_float(file, arch, "rope.scaling.yarn_log_multiplier", &log_factor, err) < 0 ||
+        get_float(file, arch, "attention.temperature_scale", &s->temperature, err) < 0)
         return AMBER_ERR_FORMAT;
     s->n_ctx_orig = s->n_ctx_train;
     if (get_int(file, arch, "rope.scaling.original_context_length", 1, 1 << 30, &s->n_ctx_orig,
+                err) < 0)
+        return AMBER_ERR_FORMAT;
+    s->temperature_length = s->n_ctx_orig;
+    if (get_int(file, arch, "attention.temperature_length", 1, 1 << 30, &s->temperature_length,
                 err) < 0)
         return AMBER_ERR_FORMAT;
     if (base <= 1 || (local_base && local_base <= 1))
@@ -217,10 +259,13 @@ static amber_status read_rope(const struct gguf_file *file, struct shape *s, amb
     s->rope_long = long_divisors ? freq + half : NULL;
     s->rope_local = local_base && s->window ? freq + 2 * (int64_t)half : NULL;
     s->rope_mscale = (float)attn_factor;
-    if (yarn && factor > 1) s->rope_mscale *= (float)(1 + 0.1 * log(factor));
+    if (yarn && factor > 1)
+        s->rope_mscale *= (float)((1 + 0.1 * log(factor)) / (1 + 0.1 * log_factor * log(factor)));
     for (int i = 0; i < half; i++) {
         double plain = pow(base, -2.0 * i / s->n_rot), f = plain / (double)divisor(divisors, i);
-        double mix = yarn ? yarn_ramp(i, s->n_rot, base, s->n_ctx_orig, beta_fast, beta_slow) : 1;
+        double mix = yarn ? yarn_ramp(i, s->n_rot, base, s->n_ctx_orig, beta_fast, beta_slow,
+                                      s->arch->yarn_exact)
+                          : 1;
         freq[i] = f * (1 - mix) + f / factor * mix;
         freq[half + i] = plain / (double)divisor(long_divisors, i);
         freq[2 * (int64_t)half + i] = local_base ? pow(local_base, -2.0 * i / s->n_rot) : 0;
@@ -228,9 +273,13 @@ static amber_status read_rope(const struct gguf_file *file, struct shape *s, amb
     return AMBER_OK;
 }
 
+/* Values of expert_gating_func. */
+enum { GATE_SOFTMAX = 1, GATE_SIGMOID, GATE_SOFTMAX_OF_CHOSEN };
+
 static amber_status read_experts(const struct gguf_file *file, struct shape *s, amber_error *err) {
     const char *arch = s->arch->name;
     double scale = 1;
+    int shared = 0, groups = 1, gating = s->arch->expert_sigmoid ? GATE_SIGMOID : GATE_SOFTMAX;
     s->n_ff_expert = s->n_ff;
     s->expert_norm = s->arch->expert_norm;
     if (get_int(file, arch, "expert_count", 0, MAX_EXPERTS, &s->n_expert, err) < 0 ||
@@ -239,12 +288,24 @@ static amber_status read_experts(const struct gguf_file *file, struct shape *s, 
             0 ||
         get_int(file, arch, "expert_shared_feed_forward_length", 1, AMBER_MAX_K, &s->n_ff_shared,
                 err) < 0 ||
+        get_int(file, arch, "expert_shared_count", 0, MAX_EXPERTS, &shared, err) < 0 ||
+        get_int(file, arch, "expert_group_count", 0, MAX_EXPERTS, &groups, err) < 0 ||
+        get_int(file, arch, "expert_gating_func", 0, 1 << 20, &gating, err) < 0 ||
         get_float(file, arch, "expert_weights_scale", &scale, err) < 0)
         return AMBER_ERR_FORMAT;
     char key[128];
     snprintf(key, sizeof key, "%s.expert_weights_norm", arch);
     if (gguf_get_bool(file, key, &s->expert_norm, err) < 0) return AMBER_ERR_FORMAT;
-    s->expert_scale = (float)scale;
+    if (groups > 1 || gating > GATE_SOFTMAX_OF_CHOSEN)
+        return amber_fail(err, AMBER_ERR_UNSUPPORTED,
+                          "%s: %s: experts in %d groups, gating %d; this version knows one group "
+                          "and gating by 1 softmax, 2 sigmoid or 3 softmax of the chosen",
+                          file->label, arch, groups, gating);
+    s->expert_sigmoid = gating == GATE_SIGMOID;
+    s->expert_norm |= gating == GATE_SOFTMAX_OF_CHOSEN;
+    s->expert_scale = (float)(scale ? scale : 1);
+    if (!s->n_ff_shared && (int64_t)shared * s->n_ff_expert <= AMBER_MAX_K)
+        s->n_ff_shared = shared * s->n_ff_expert;
     if (s->n_expert && (s->n_expert_used < 1 || s->n_expert_used > s->n_expert))
         return amber_fail(err, AMBER_ERR_FORMAT,
                           "%s: %s.expert_used_count: expected 1..%d, found %d", file->label, arch,
@@ -256,6 +317,11 @@ static amber_status read_experts(const struct gguf_file *file, struct shape *s, 
         snprintf(name, sizeof name, "blk.%d.ffn_gate_inp.weight", il);
         s->mixture[il] = gguf_find_tensor(file, name) != NULL;
         any |= s->mixture[il];
+        /* Some files do not tell the width of the shared expert. */
+        snprintf(name, sizeof name, "blk.%d.ffn_down_shexp.weight", il);
+        const struct gguf_tensor *down = gguf_find_tensor(file, name);
+        if (down && !s->n_ff_shared && down->ne[0] <= AMBER_MAX_K)
+            s->n_ff_shared = (int)down->ne[0];
     }
     if (s->n_expert && !any)
         return amber_fail(err, AMBER_ERR_FORMAT,
@@ -368,6 +434,11 @@ static amber_status read_shape(const struct gguf_file *file, struct shape *s, am
         if (found < 0) return err ? (amber_status)err->code : AMBER_ERR_FORMAT;
         if (!found && keys[i].required) return missing(file, arch, keys[i].name, err);
     }
+    /* The last layers of a file may be ones that guess further tokens: they are not used. */
+    int guessing = 0;
+    if (get_int(file, arch, "nextn_predict_layers", 0, s->n_layer - 1, &guessing, err) < 0)
+        return AMBER_ERR_FORMAT;
+    s->n_layer -= guessing;
     if (!s->n_head_kv) s->n_head_kv = s->n_head;
     if (!s->head_dim) s->head_dim = s->n_embd / s->n_head;
     if (!s->n_rot) s->n_rot = s->head_dim;

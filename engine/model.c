@@ -338,6 +338,18 @@ static amber_status load_projection(struct loader *ld, int il, int id, const str
                : status;
 }
 
+/* Row e of the biases of all experts, [n_out, n_expert]. */
+static amber_status load_expert_bias(struct loader *ld, const struct gguf_tensor *all, int e,
+                                     struct linear *w) {
+    float *bias = model_keep(ld->m, sizeof *bias * (size_t)amber_round_up(w->n_out, AMBER_PANEL));
+    if (!bias) return no_memory(ld, "the experts' biases", w->n_out * (int64_t)sizeof *bias);
+    const uint64_t row = type_row_bytes(all->type, all->ne[0]);
+    type_info(all->type)->to_float(all->data + (uint64_t)e * row, bias, w->n_out);
+    w->bias = w->w8.bias = bias;
+    ld->m->n_params += w->n_out;
+    return AMBER_OK;
+}
+
 /* One of the experts' matrices, for all of them: slices of one tensor [n_in, n_out, n_expert]. */
 static amber_status load_expert_matrices(struct loader *ld, int il, int id,
                                          const struct projection *p, struct linear *w) {
@@ -362,6 +374,13 @@ static amber_status load_expert_matrices(struct loader *ld, int il, int id,
         t.ne[1] = (uint64_t)p->n_out;
         t.size = type_row_bytes(t.type, (uint64_t)p->n_in) * (uint64_t)p->n_out;
     }
+    const struct gguf_tensor *bias = NULL;
+    if (status == AMBER_OK) {
+        snprintf(name, sizeof name, "%s.bias", stem);
+        bias = gguf_find_tensor(m->file, name);
+        if (bias) status = check_weight(m->file, name, bias, n, p->n_out, ld->err);
+        snprintf(name, sizeof name, "%s.weight", stem);
+    }
     for (int e = 0; e < n && status == AMBER_OK; e++) {
         if (m->packed) {
             struct amber_w8 one = all;
@@ -373,6 +392,7 @@ static amber_status load_expert_matrices(struct loader *ld, int il, int id,
             status = load_linear(ld, &t, name, p->n_out, p->n_in, &w[e]);
             t.data += t.size;
         }
+        if (status == AMBER_OK && bias) status = load_expert_bias(ld, bias, e, &w[e]);
         if (status == AMBER_OK && id == PROJ_DOWN)
             status = scale_linear(ld, &w[e], m->shape.residual_scale);
         if (status == AMBER_OK)
@@ -403,6 +423,12 @@ static amber_status load_experts(struct loader *ld, int il) {
     char name[64];
     snprintf(name, sizeof name, "blk.%d.ffn_gate_inp.weight", il);
     amber_status status = load_floats(ld, name, s->n_expert, s->n_embd, &x->router);
+    snprintf(name, sizeof name, "blk.%d.ffn_gate_inp.bias", il);
+    if (status == AMBER_OK && gguf_find_tensor(ld->m->file, name))
+        status = load_floats(ld, name, 0, s->n_expert, &x->router_bias);
+    snprintf(name, sizeof name, "blk.%d.exp_probs_b.bias", il);
+    if (status == AMBER_OK && gguf_find_tensor(ld->m->file, name))
+        status = load_floats(ld, name, 0, s->n_expert, &x->choice_bias);
     snprintf(name, sizeof name, "blk.%d.ffn_gate_inp_shexp.weight", il);
     if (status == AMBER_OK && s->n_ff_shared && gguf_find_tensor(ld->m->file, name))
         status = load_floats(ld, name, 0, s->n_embd, &x->shared_router);
@@ -491,6 +517,11 @@ static amber_status load_layer(struct loader *ld, int il) {
     projections(&ld->m->shape, il, p);
     for (int i = 0; i < N_PROJ && status == AMBER_OK; i++)
         if (p[i].n_out) status = load_projection(ld, il, i, &p[i]);
+    char name[64];
+    snprintf(name, sizeof name, "blk.%d.attn_sinks.weight", il);
+    const struct gguf_tensor *sinks = gguf_find_tensor(ld->m->file, name);
+    if (status == AMBER_OK && sinks)
+        status = load_vector(ld, name, sinks, ld->m->shape.n_head, &ld->m->layers[il].sinks);
     return status == AMBER_OK && ld->m->shape.mixture[il] ? load_experts(ld, il) : status;
 }
 
@@ -668,24 +699,28 @@ void model_free(struct model *m) {
     *m = (struct model){0};
 }
 
+static bool ends_with(const struct gguf_tensor *t, const char *end) {
+    const size_t n = strlen(end);
+    return t->name.len > n && memcmp(t->name.data + t->name.len - n, end, n) == 0;
+}
+
 /* Vectors of an Amber GGUF that are used where they are mapped. */
 static bool lies_mapped(const struct gguf_tensor *t) {
     static const char *const parts[] = {".scale", ".shift", ".gain", ".offset"};
-    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
-        const size_t n = strlen(parts[i]);
-        if (t->name.len > n && memcmp(t->name.data + t->name.len - n, parts[i], n) == 0)
-            return true;
-    }
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++)
+        if (ends_with(t, parts[i])) return true;
     return false;
 }
 
-/* Norms and biases as load_vector keeps them. */
+/* Norms, biases and routers as the loader keeps them. */
 static int64_t vector_bytes(const struct gguf_file *file) {
     int64_t bytes = 0;
     for (uint64_t i = 0; i < file->n_tensors; i++) {
         const struct gguf_tensor *t = &file->tensors[i];
-        if (t->ne[1] == 1 && !lies_mapped(t))
-            bytes += amber_round_up((int64_t)t->ne[0], AMBER_PANEL) * (int64_t)sizeof(float);
+        const bool vectors = t->ne[1] == 1 || ends_with(t, "_exps.bias");
+        if ((vectors && !lies_mapped(t)) || ends_with(t, "_inp.weight"))
+            bytes += amber_round_up((int64_t)t->ne[0], AMBER_PANEL) * (int64_t)t->ne[1] *
+                     (int64_t)sizeof(float);
     }
     return bytes;
 }

@@ -12,6 +12,10 @@
  * halves the same normed input. */
 enum norm_places { NORM_PRE, NORM_PRE_POST, NORM_POST, NORM_PARALLEL, NORM_PRE_OR_PARALLEL };
 
+/* What makes the input of the down projection from those of the gate and up ones. CLAMPED is
+ * gpt-oss's SwiGLU (kernels.h), the others are f(gate) * up, or f(up) without a gate. */
+enum act_fn { ACT_SILU, ACT_GELU, ACT_RELU2, ACT_CLAMPED };
+
 /* One row per architecture: what makes it differ from the others, as data. What a file says itself
  * (biases, norms of q and k, fused matrices, experts, most factors) needs no entry. */
 struct arch {
@@ -19,11 +23,12 @@ struct arch {
     enum norm_places norms;
     const char *ffn_norm; /* what the file calls it, where not ffn_norm */
     bool layer_norm;      /* LayerNorm, else RMSNorm */
-    bool gelu;            /* activation of the feed-forward half: GELU (tanh), else SiLU */
+    enum act_fn act;
     bool no_gate;         /* the feed-forward half is down(f(up(x))), else down(f(gate(x)) up(x)) */
     bool rope_halves;     /* RoPE pairs (i, i + n/2) instead of (2i, 2i+1) */
     int no_rope_period;   /* every so many-th layer goes without RoPE; 0: none */
-    bool rope_windowed;   /* only windowed layers have RoPE */
+    bool rope_windowed;   /* in a model with windows only windowed layers have RoPE */
+    bool rope_first;      /* q and k are rotated before they are normed */
     int window_period;    /* with a sliding window, every so many-th layer still sees everything;
                               1: none does; 0: the architecture has no windows */
     int window;           /* where the file does not say */
@@ -33,7 +38,11 @@ struct arch {
     float attn_softcap, final_softcap; /* where the file does not say */
     bool divide_logits;                /* by logit_scale, else multiplied */
     bool expert_norm;                  /* the chosen experts' shares are normed to a sum of 1 */
+    bool expert_sigmoid;               /* shares are sigmoids, where the file does not say */
+    bool yarn_exact;                   /* YaRN's ramp begins and ends between channels */
 };
+
+enum { MAX_EXPERTS = 1024 };
 
 struct shape {
     const struct arch *arch;
@@ -42,7 +51,7 @@ struct shape {
     uint8_t *windowed; /* [n_layer] owned, and the block that holds mixture */
     uint8_t *mixture;  /* [n_layer] the feed-forward half is a mixture of experts */
     int n_expert, n_expert_used, n_ff_expert, n_ff_shared; /* 0: none */
-    bool expert_norm;
+    bool expert_norm, expert_sigmoid;
     float expert_scale; /* of the experts' shares */
     float norm_eps;
     float attn_scale, attn_softcap, final_softcap;  /* a cap of 0: none */
@@ -53,10 +62,13 @@ struct shape {
     const double *rope_local; /* for windowed layers, or NULL: the same */
     int n_ctx_orig;
     float rope_mscale; /* factor on cos and sin; 1 for rope_local */
+    /* Queries grow by 1 + temperature * log(1 + floor(position / temperature_length)). */
+    double temperature;
+    int temperature_length;
 };
 
 static inline bool layer_has_rope(const struct shape *s, int il) {
-    if (s->arch->rope_windowed) return s->windowed[il];
+    if (s->arch->rope_windowed && s->window) return s->windowed[il];
     return !s->arch->no_rope_period || (il + 1) % s->arch->no_rope_period;
 }
 static inline int layer_window(const struct shape *s, int il) {
@@ -88,6 +100,8 @@ struct linear {
 /* A mixture of experts. The router is float32 in every mode. */
 struct experts {
     const float *router;             /* [n_expert, n_embd]; NULL: the layer has no experts */
+    const float *router_bias;        /* [n_expert], or NULL */
+    const float *choice_bias;        /* [n_expert] on shares when experts are chosen, or NULL */
     const float *shared_router;      /* [n_embd], or NULL: the shared expert's share is 1 */
     struct linear *gate, *up, *down; /* [n_expert] each; one block that gate owns */
 };
@@ -95,6 +109,7 @@ struct experts {
 struct layer {
     struct norm attn_norm, post_attn_norm, ffn_norm, post_ffn_norm; /* [n_embd] */
     struct norm q_norm, k_norm;               /* of each head, or of all heads together */
+    const float *sinks;                       /* [n_head] attention's, or NULL */
     bool parallel;                            /* the feed-forward half reads what attention reads */
     struct linear q, k, v, o, gate, up, down; /* gate.n_out 0: down reads f(up) */
     struct experts experts; /* gate, up, down are then the shared expert, or have no outputs */

@@ -52,6 +52,17 @@ static void norm_heads(const struct batch *b, const struct norm *norm, float *x,
         norm_row(b, norm, head * norm->step, x + at, x + at);
 }
 
+static void norm_both(const struct batch *b, const struct layer *layer, float *q, float *k) {
+    norm_heads(b, &layer->q_norm, q, b->model->shape.n_head);
+    norm_heads(b, &layer->k_norm, k, b->model->shape.n_head_kv);
+}
+
+static void grow_query(const struct shape *s, int position, float *q) {
+    const float factor =
+        (float)(1 + s->temperature * log(1 + (double)(position / s->temperature_length)));
+    for (int i = 0; i < s->n_head * s->head_dim; i++) q[i] *= factor;
+}
+
 static void rope_heads(const struct batch *b, int table, int r, float *x, int n_head) {
     const struct shape *s = &b->model->shape;
     const int64_t at = (int64_t)r * (s->n_rot / 2);
@@ -73,12 +84,13 @@ static void rope_work(void *ctx, int ith, int nth) {
     for (int r = begin; r < end; r++) {
         float *q = q_row(b, b->q, r), *k = b->k + (int64_t)r * width;
         const float *v = b->v + (int64_t)r * width;
-        norm_heads(b, &layer->q_norm, q, s->n_head);
-        norm_heads(b, &layer->k_norm, k, s->n_head_kv);
+        if (!s->arch->rope_first) norm_both(b, layer, q, k);
         if (layer_has_rope(s, job->il)) {
             rope_heads(b, table, r, q, s->n_head);
             rope_heads(b, table, r, k, s->n_head_kv);
         }
+        if (s->arch->rope_first) norm_both(b, layer, q, k);
+        if (s->temperature) grow_query(s, b->pos0 + r, q);
         for (int h = 0; h < s->n_head_kv; h++) {
             const int64_t row = (int64_t)h * positions + (b->pos0 + r) % positions;
             store_head(b, keys, row, k + h * s->head_dim);
@@ -109,6 +121,7 @@ void op_attention(struct batch *b, int il) {
                                      .out = b->attn,
                                      .k = kv_layer(b, il, false),
                                      .v = kv_layer(b, il, true),
+                                     .sink = b->model->layers[il].sinks,
                                      .kv_f32 = b->kv_f32,
                                      .rows = b->rows,
                                      .n_head = s->n_head,

@@ -26,20 +26,31 @@ static void norm_work(void *ctx, int ith, int nth) {
         norm_row(b, job->norm, 0, b->y + (int64_t)r * n, b->x + (int64_t)r * n);
 }
 
-/* The `used` largest logits, lower index first among equals, and their softmax shares. */
-static void choose_experts(const struct shape *s, float *logits, int32_t *chosen, float *share) {
-    float most = logits[0];
-    for (int e = 1; e < s->n_expert; e++) most = fmaxf(most, logits[e]);
-    double all = 0, sum = 0;
-    for (int e = 0; e < s->n_expert; e++) all += exp((double)(logits[e] - most));
+static double share_of(const struct shape *s, float logit, double all) {
+    return s->expert_sigmoid ? 1 / (1 + exp(-(double)logit)) : exp((double)logit) / all;
+}
+
+/* A token's experts and their shares, which are softmax or sigmoid of the logits: the `used` largest,
+ * lower index first among equals. A bias counts for the choice alone. */
+static void choose_experts(const struct shape *s, const float *bias, const float *logits,
+                           int32_t *chosen, float *share) {
+    float rank[MAX_EXPERTS], most = 0;
+    double all = 1, sum = 0;
+    if (!s->expert_sigmoid) {
+        most = logits[0], all = 0;
+        for (int e = 1; e < s->n_expert; e++) most = fmaxf(most, logits[e]);
+        for (int e = 0; e < s->n_expert; e++) all += exp((double)(logits[e] - most));
+    }
+    for (int e = 0; e < s->n_expert; e++)
+        rank[e] = bias ? (float)(share_of(s, logits[e] - most, all) + (double)bias[e]) : logits[e];
     for (int i = 0; i < s->n_expert_used; i++) {
         int best = 0;
         for (int e = 1; e < s->n_expert; e++)
-            if (!(logits[e] <= logits[best])) best = e;
+            if (!(rank[e] <= rank[best])) best = e;
         chosen[i] = best;
-        share[i] = (float)(exp((double)(logits[best] - most)) / all);
+        share[i] = (float)share_of(s, logits[best] - most, all);
         sum += (double)share[i];
-        logits[best] = -INFINITY;
+        rank[best] = -INFINITY;
     }
     const double norm = s->expert_norm ? 1 / fmax(sum, 1e-20) : 1;
     for (int i = 0; i < s->n_expert_used; i++)
@@ -54,6 +65,7 @@ static void route_work(void *ctx, int ith, int nth) {
     amber_split(b->rows, 1, ith, nth, &begin, &end);
     if (begin == end) return;
     struct amber_gemm_f32 g = {.w = job->experts->router,
+                               .bias = job->experts->router_bias,
                                .n_out = s->n_expert,
                                .n_in = s->n_embd,
                                .x = b->y + (int64_t)begin * s->n_embd,
@@ -63,7 +75,7 @@ static void route_work(void *ctx, int ith, int nth) {
                                .ldy = s->n_expert};
     b->kernels->gemm_f32(&g, 0, s->n_expert);
     for (int r = begin; r < end; r++)
-        choose_experts(s, b->router + (int64_t)r * s->n_expert,
+        choose_experts(s, job->experts->choice_bias, b->router + (int64_t)r * s->n_expert,
                        b->chosen + (int64_t)r * s->n_expert_used,
                        b->share + (int64_t)r * s->n_expert_used);
 }
@@ -200,6 +212,7 @@ static void expert_part(const struct expert_job *job, int i, int e, int panel0, 
     float *y = job->y[i] + first * w->n_out;
     if (w->f32) {
         struct amber_gemm_f32 g = {.w = w->f32,
+                                   .bias = w->bias,
                                    .n_out = w->n_out,
                                    .n_in = w->n_in,
                                    .x = in->f32 + first * w->n_in,

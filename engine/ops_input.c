@@ -296,10 +296,19 @@ static void make_copy(const struct batch *b, const void *source, int r, float *r
 static void make_activation(const struct batch *b, const void *source, int r, float *row) {
     (void)source;
     const struct arch *arch = b->model->shape.arch;
+    const struct amber_kernels *kernels = b->kernels;
     const int64_t at = (int64_t)r * b->n_in;
-    const float *gate = arch->no_gate ? b->up + at : b->gate + at;
-    (arch->gelu ? b->kernels->gelu_mul
-                : b->kernels->silu_mul)(row, gate, arch->no_gate ? NULL : b->up + at, b->n_in);
+    const float *up = b->up + at;
+    void (*const functions[])(float *, const float *, const float *, int) = {
+        [ACT_SILU] = kernels->silu_mul,
+        [ACT_GELU] = kernels->gelu_mul,
+        [ACT_RELU2] = kernels->relu2_mul,
+        [ACT_CLAMPED] = kernels->swiglu_clamped,
+    };
+    if (arch->no_gate)
+        functions[arch->act](row, up, NULL, b->n_in);
+    else
+        functions[arch->act](row, b->gate + at, up, b->n_in);
 }
 
 /* Shows the rows just made to who wants to see them: `first` is the first layer that reads them. A

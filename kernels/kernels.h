@@ -90,7 +90,8 @@ struct amber_gemm_f32 {
  * Query row r stands at position pos0 + r and sees the cache positions
  *     max(0, pos0 + r - window + 1) .. pos0 + r      (window == 0: from 0)
  * Scores are scale * q.k, then softcap * tanh(score / softcap) where softcap > 0, softmax in
- * float32. Query head h reads cache head h / (n_head / n_head_kv).
+ * float32. Query head h reads cache head h / (n_head / n_head_kv). Where there are sinks, the softmax
+ * of head h has one score more, sink[h], that no value belongs to.
  *
  * The cache of one layer is [n_head_kv, n_ctx, head_dim], float16 bits, or float32 where kv_f32;
  * position p stands in row p % n_ctx. A cache that is smaller than the positions that were written
@@ -105,6 +106,7 @@ struct amber_attention {
     const float *q; /* [rows, n_head * head_dim] float32, not scaled */
     float *out;     /* [rows, n_head * head_dim] float32 */
     const void *k, *v;
+    const float *sink; /* [n_head], or NULL */
     bool kv_f32;
     int rows, n_head, n_head_kv, head_dim, n_ctx, pos0, window;
     float scale, softcap;
@@ -123,6 +125,11 @@ struct amber_kernels {
      * silu(v) = v / (1 + exp(-v)); gelu(v) = v / 2 (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))). */
     void (*silu_mul)(float *y, const float *gate, const float *up, int n);
     void (*gelu_mul)(float *y, const float *gate, const float *up, int n);
+    /* The same with f(v) = max(v, 0)^2. */
+    void (*relu2_mul)(float *y, const float *gate, const float *up, int n);
+    /* y[i] = g / (1 + exp(-1.702 g)) * (u + 1), g = min(gate[i], 7), u = up[i] within -7..7; y may be
+     * gate or up. (gpt-oss model card, arXiv 2508.10925) */
+    void (*swiglu_clamped)(float *y, const float *gate, const float *up, int n);
     /* Rotates one head in place. cos, sin: [n_rot/2]. Pairs are (2i, 2i+1), or with `halves`
      * (i, i + n_rot/2). Elements from n_rot on stay. */
     void (*rope)(float *x, const float *cos, const float *sin, int n_rot, bool halves);

@@ -516,6 +516,62 @@ static void test_gelu_mul(void) {
     }
 }
 
+static void test_relu2_mul(void) {
+    for (int n = 1; n <= 3000; n += n < 70 ? 1 : 977) {
+        float *gate = uniforms(n), *up = uniforms(n), *y = guarded((size_t)n * 4);
+        double *want = guarded((size_t)n * 8), *bound = guarded((size_t)n * 8);
+        for (int alone = 0; alone < 2; alone++) {
+            for (int i = 0; i < n; i++) {
+                double v = fmax(gate[i], 0);
+                want[i] = v * v * (alone ? 1 : up[i]);
+                bound[i] = fabs(want[i]) * 2 * U + 0x1p-149;
+            }
+            for (int i = 0; i < n_columns; i++) {
+                columns[i].relu2_mul(y, gate, alone ? NULL : up, n);
+                CHECK(close_to(y, want, bound, n));
+                memcpy(y, gate, (size_t)n * 4);
+                columns[i].relu2_mul(y, y, alone ? NULL : up, n);
+                CHECK(close_to(y, want, bound, n));
+                float odd[20] = {[3] = NAN, [5] = -INFINITY, [18] = NAN}, out[20];
+                columns[i].relu2_mul(out, odd, NULL, 20);
+                CHECK(isnan(out[3]) && isnan(out[18]) && out[4] == 0 && out[5] == 0);
+            }
+        }
+        release();
+    }
+}
+
+static void test_swiglu_clamped(void) {
+    for (int n = 1; n <= 3000; n += n < 70 ? 1 : 977) {
+        float *gate = uniforms(n), *up = uniforms(n), *y = guarded((size_t)n * 4);
+        double *want = guarded((size_t)n * 8), *bound = guarded((size_t)n * 8);
+        for (int i = 0; i < n; i++) {
+            gate[i] *= n % 3 == 0 ? 120 : 9;
+            up[i] *= 9;
+            double g = fmin(gate[i], 7), u = fmin(fmax(up[i], -7), 7), size = fabs(u) + 1;
+            want[i] = g / (1 + exp(-1.702 * g)) * (u + 1);
+            /* As for silu; the argument of exp() is off by two rounded operations, and u + 1 by U of
+             * its terms. */
+            bound[i] = fabs(want[i]) * (0x1p-22 + (5 + 4 * fabs(g)) * U) +
+                       fabs(g) / (1 + exp(-1.702 * g)) * size * U + fabs(g) * size * 0x1p-125;
+        }
+        for (int i = 0; i < n_columns; i++) {
+            columns[i].swiglu_clamped(y, gate, up, n);
+            CHECK(close_to(y, want, bound, n));
+            memcpy(y, gate, (size_t)n * 4);
+            columns[i].swiglu_clamped(y, y, up, n);
+            CHECK(close_to(y, want, bound, n));
+            float odd[20] = {[3] = NAN, [18] = NAN}, ones[20], out[20];
+            for (int j = 0; j < 20; j++) ones[j] = 1;
+            columns[i].swiglu_clamped(out, odd, ones, 20);
+            CHECK(isnan(out[3]) && isnan(out[18]) && out[4] == 0);
+            columns[i].swiglu_clamped(out, ones, odd, 20);
+            CHECK(isnan(out[3]) && isnan(out[18]) && out[4] > 0);
+        }
+        release();
+    }
+}
+
 static void test_silu_mul(void) {
     for (int n = 1; n <= 3000; n += n < 70 ? 1 : 977) {
         float *gate = uniforms(n), *up = uniforms(n), *y = guarded((size_t)n * 4);
@@ -666,7 +722,8 @@ static void attention_oracle(const struct amber_attention *a, double *want, doub
             int64_t head = (int64_t)(h / (a->n_head / a->n_head_kv)) * a->n_ctx;
             int last = a->pos0 + t, first = a->window ? last - a->window + 1 : 0;
             if (first < 0) first = 0;
-            double largest = -1e300, total = 0, size = 0, magnitude = 0, v_largest = 0;
+            double largest = a->sink ? a->sink[h] : -1e300, total = 0, size = 0, v_largest = 0;
+            double magnitude = a->sink ? fabs(a->sink[h]) : 0;
             for (int p = first; p <= last; p++) {
                 double dot = 0, dot_size = 0;
                 for (int i = 0; i < d; i++) {
@@ -682,6 +739,7 @@ static void attention_oracle(const struct amber_attention *a, double *want, doub
                 largest = fmax(largest, weight[p]);
             }
             for (int p = first; p <= last; p++) total += weight[p] = exp(weight[p] - largest);
+            if (a->sink) total += exp(a->sink[h] - largest);
             /* A score is off by (d + 2) u of its terms, by 2^-20 softcap where it goes through
              * tanh (2^-22 of exp, twice, and four operations), and by 3 u of its size when the
              * largest is taken off. A weight is off by exp() of that twice (its own score and the
@@ -746,6 +804,9 @@ static void check_attention(int rows, int pos0, int n_head, int n_head_kv, int d
             }
         }
     }
+    float *sinks = uniforms(n_head);
+    for (int i = 0; i < n_head; i++) sinks[i] *= 2 * loudness;
+    if ((rows + pos0 + d / 8) % 2) a.sink = sinks;
     double *want = guarded((size_t)n * 8), *bound = guarded((size_t)n * 8);
     attention_oracle(&a, want, bound);
     float *whole = guarded((size_t)n * 4), *part = guarded((size_t)n * 4);
@@ -876,6 +937,8 @@ int main(void) {
     test_layernorm();
     test_silu_mul();
     test_gelu_mul();
+    test_relu2_mul();
+    test_swiglu_clamped();
     test_rope();
     test_gemm_f32();
     test_attention();

@@ -148,6 +148,69 @@ CASES = {
         "head_dim": 32, "rope_parameters": rope(theta=5e5)}),
     "seed_oss": Case("seed_oss", "SeedOssConfig", "llama-bpe", {
         "head_dim": 32, "attention_bias": True, "rope_parameters": rope(theta=1e7)}),
+    "gpt-oss": Case("gpt-oss", "GptOssConfig", "gpt-4o", {
+        "num_hidden_layers": 3, "intermediate_size": 32, "num_local_experts": 8,
+        "head_dim": 16, "num_experts_per_tok": 3, "sliding_window": 12,
+        "rope_parameters": rope("yarn", 1.5e5, factor=32.0, beta_fast=32.0, beta_slow=1.0,
+                                truncate=False, original_max_position_embeddings=64)}),
+    "chatglm": Case("chatglm", "GlmConfig", "llama-bpe", {
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+        "rope_parameters": rope(partial_rotary_factor=0.5)}),
+    "glm4moe": Case("glm4moe", "Glm4MoeConfig", "llama-bpe", {
+        "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+        "attention_bias": True, "use_qk_norm": True, "moe_intermediate_size": 32,
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
+        "rope_parameters": rope(partial_rotary_factor=0.5)}),
+    "ernie4_5-moe": Case("ernie4_5-moe", "Ernie4_5_MoeConfig", "spm", {
+        "num_hidden_layers": 3, "moe_intermediate_size": 32, "moe_num_experts": 8, "moe_k": 3,
+        "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "tie_word_embeddings": False,
+        "rope_parameters": rope(theta=5e5)}),
+    # As olmo2.
+    "exaone4": Case("exaone4", "Exaone4Config", "llama-bpe", {
+        "num_hidden_layers": 4, "intermediate_size": 32, "sliding_window": 12,
+        "sliding_window_pattern": 4, "rope_parameters": rope(theta=1e6)}, "f32"),
+    "exaone4-small": Case("exaone4", "Exaone4Config", "llama-bpe", {
+        "intermediate_size": 64, "sliding_window": None, "tie_word_embeddings": True,
+        "layer_types": ["full_attention"] * 2,
+        "rope_parameters": rope("llama3", 1e6, factor=16.0, low_freq_factor=1.0,
+                                high_freq_factor=4.0, original_max_position_embeddings=64)}, "f32"),
+    "hunyuan-dense": Case("hunyuan-dense", "HunYuanDenseV1Config", "dbrx", {
+        "head_dim": 32, "rope_parameters": rope("dynamic", alpha=50.0, factor=1.0)}),
+    "hunyuan-moe": Case("hunyuan-moe", "HunYuanMoEV1Config", "dbrx", {
+        "head_dim": 16, "num_experts": 8, "moe_topk": 3, "intermediate_size": 32,
+        "rope_parameters": rope("dynamic", alpha=50.0, factor=1.0)}),
+    "mistral3": Case("mistral3", "Ministral3Config", "llama-bpe", {
+        "head_dim": 32, "rope_parameters": rope(
+            "yarn", 1e6, factor=4.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,
+            llama_4_scaling_beta=0.3, original_max_position_embeddings=64)}),
+    "arcee": Case("arcee", "ArceeConfig", "llama-bpe", {
+        "rope_parameters": rope("yarn", 1e4, factor=4.0, original_max_position_embeddings=64)}),
+    "nemotron": Case("nemotron", "NemotronConfig", "spm", {
+        "num_attention_heads": 2, "num_key_value_heads": 1,
+        "rope_parameters": rope(partial_rotary_factor=0.5)}),
+    "dots1": Case("dots1", "Dots1Config", "qwen2", {
+        "num_hidden_layers": 3, "moe_intermediate_size": 32, "n_routed_experts": 8,
+        "num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1,
+        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "sliding_window": None,
+        "rope_parameters": rope()}),
+    "minimax-m2": Case("minimax-m2", "MiniMaxM2Config", "gpt-4o", {
+        "head_dim": 32, "num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32,
+        "rope_parameters": rope(theta=5e6, partial_rotary_factor=0.5)}),
+    "qwen2vl": Case("qwen2vl", "Qwen2VLConfig", "qwen2", {
+        "rope_parameters": rope(theta=1e6, mrope_section=[2, 3, 3]),
+        "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}}),
+    "qwen3vl": Case("qwen3vl", "Qwen3VLConfig", "qwen2", {
+        "head_dim": 32, "rope_parameters": rope(theta=5e6, mrope_section=[6, 5, 5]),
+        "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
+                          "out_hidden_size": 64, "num_position_embeddings": 16,
+                          "deepstack_visual_indexes": [0]}}),
+    "qwen3vlmoe": Case("qwen3vlmoe", "Qwen3VLMoeConfig", "qwen2", {
+        "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
+        "rope_parameters": rope(theta=5e6, mrope_section=[6, 5, 5]),
+        "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
+                          "out_hidden_size": 64, "num_position_embeddings": 16,
+                          "deepstack_visual_indexes": [0]}}),
 }  # fmt: skip
 
 # ---- vocabularies ----
@@ -275,44 +338,59 @@ def round_to_q8_0(values: np.ndarray) -> np.ndarray:
     return gguf.quants.dequantize(stored, kind).reshape(values.shape)
 
 
+ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight", "router.weight", "gate.wg.weight")
+
+
 def fill(model: Any, seed: int, kind: str) -> None:
     """Random weights of a size that keeps activations natural, and biases and norms that matter."""
     import torch
 
     rng = np.random.default_rng(seed)
-    plus_one = "Gemma" in type(model).__name__
-    for name, parameter in sorted(model.named_parameters()):
+    kind_of = type(model).__name__
+    plus_one = "Gemma" in kind_of or "Nemotron" in kind_of
+    biases = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
+    for name, parameter in sorted([*model.named_parameters(), *biases]):
         shape = tuple(parameter.shape)
+        turned = "GptOss" in kind_of and len(shape) == 3  # inputs by outputs
+        if turned:
+            shape = (shape[0], shape[2], shape[1])
         if "norm" in name and name.endswith("weight"):
             values = rng.uniform(0.5, 1.5, shape) - plus_one
         elif name.endswith("bias"):
             values = rng.normal(0, 0.2, shape)
         elif "embed_tokens" in name:
-            values = rng.normal(
-                0, 0.125 if plus_one or "Granite" in type(model).__name__ else 1, shape
-            )
+            grown = "Gemma" in kind_of or "Granite" in kind_of
+            values = rng.normal(0, 0.125 if grown else 1, shape)
+        elif name.endswith("sinks"):
+            values = rng.normal(0, 1.5, shape)
         else:
-            router = name.endswith(("mlp.gate.weight", "shared_expert_gate.weight"))
-            values = rng.normal(0, (1.0 if router else 1.4) / np.sqrt(shape[-1]), shape)
+            router = name.endswith(ROUTERS)
+            size = 1.0 if router else 4.0 if turned else 1.4  # large enough for gpt-oss's clamps
+            values = rng.normal(0, size / np.sqrt(shape[-1]), shape)
         values = values.astype(np.float32)
         whole = kind == "f32" or "norm" in name or "gate.weight" in name
         kept = values if whole else round_to_q8_0(values)
-        parameter.data.copy_(torch.from_numpy(kept))
+        parameter.data.copy_(torch.from_numpy(kept.swapaxes(1, 2) if turned else kept))
 
 
 def build(name: str, seed: int = 0) -> Any:
     """The model of a case in float32, with eager attention."""
     import transformers
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     case = CASES[name]
     keys = BASE | case.keys
     if case.config == "Phi3Config":
         keys["pad_token_id"] = 0
-    config = getattr(transformers, case.config)(**keys)
+    vision = keys.pop("vision_config", None)
+    if vision:
+        config = getattr(transformers, case.config)(text_config=keys, vision_config=vision)
+    else:
+        config = getattr(transformers, case.config)(**keys)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    maker = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    model = maker.from_config(config, attn_implementation="eager").eval()
     fill(model, seed * 1000 + sum(map(ord, name)), case.kind)
     return model
 
@@ -390,20 +468,46 @@ def _pruned_experts(module: Any, pattern: tuple[int, int]) -> Callable:
     return forward
 
 
+def _pruned_turned_experts(module: Any, pattern: tuple[int, int]) -> Callable:
+    """The same for gpt-oss's experts, whose matrices have inputs by outputs, with biases."""
+    from torch.nn.functional import linear
+
+    def forward(x: Any, chosen: Any, weights: Any) -> Any:
+        import torch
+
+        out = x * 0
+        sparse = prune(x, *pattern)
+        for e in range(module.gate_up_proj.shape[0]):
+            token, place = (chosen == e).nonzero(as_tuple=True)
+            if not len(token):
+                continue
+            w, bias = module.gate_up_proj[e].T, module.gate_up_proj_bias[e]
+            both = linear(x[token], w, bias)
+            gate = linear(sparse[token], w[::2], bias[::2])
+            hidden = module._apply_gate(torch.stack((gate, both[:, 1::2]), -1).flatten(-2))
+            made = linear(prune(hidden, *pattern), module.down_proj[e].T, module.down_proj_bias[e])
+            out.index_add_(0, token, made * weights[token, place, None])
+        return out
+
+    return forward
+
+
 @contextmanager
 def pruned(model: Any, pattern: tuple[int, int]) -> Iterator[None]:
     """Inputs of q, gate and down pruned, as arXiv 2508.02128 advises; of the experts of a
     mixture as well. A feed-forward without a gate has down alone."""
-    heads = model.config.num_attention_heads
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
     changed = []
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]
         if leaf == "experts":
-            new = _pruned_experts(module, pattern)
+            turned = hasattr(module, "gate_up_proj_bias")
+            new = (_pruned_turned_experts if turned else _pruned_experts)(module, pattern)
         elif leaf in ("q_proj", "gate_proj", "down_proj", "c_proj", "fc2"):
             new = _pruned_linear(module, pattern, module.weight.shape[0])
         elif leaf == "qkv_proj":
-            new = _pruned_linear(module, pattern, heads * (model.config.hidden_size // heads))
+            new = _pruned_linear(module, pattern, heads * (config.hidden_size // heads))
         elif leaf == "gate_up_proj":
             new = _pruned_linear(module, pattern, module.weight.shape[0] // 2)
         else:
@@ -420,15 +524,22 @@ def pruned(model: Any, pattern: tuple[int, int]) -> Iterator[None]:
 def _check_routers(model: Any) -> list[Any]:
     """Hooks that notice experts chosen by a hair."""
 
-    def check(module: Any, _args: Any, result: Any) -> None:
-        ordered = result[0].sort(dim=-1, descending=True).values
+    def check(module: Any, args: Any, result: Any) -> None:
+        rank = result[0]
+        if hasattr(module, "moe_statics"):
+            rank = module.moe_statics(rank.softmax(-1))
+        elif hasattr(module, "e_score_correction_bias"):
+            rank = rank.sigmoid() + module.e_score_correction_bias
+        elif len(args) > 1:
+            rank = rank.sigmoid() + args[1]
+        ordered = rank.sort(dim=-1, descending=True).values
         if (ordered[..., module.top_k - 1] - ordered[..., module.top_k] < MARGIN).any():
             raise Unsure
 
     return [
         module.register_forward_hook(check)
         for module in model.modules()
-        if type(module).__name__.endswith("TopKRouter")
+        if type(module).__name__.lower().endswith(("topkrouter", "moev1gate"))
     ]
 
 

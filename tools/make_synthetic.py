@@ -37,10 +37,15 @@ class Shape:
     tied: bool  # the output head is the embedding
     qkv_bias: bool = False
     rope_factor: float = 0.0  # llama3 rope scaling, stretching a context of 8192
+    window: int = 0  # of five layers in six, as gemma3 has it
 
 
 SHAPES = {
     "tiny": Shape("llama", 2, 256, 4, 2, 64, 768, 1024, 2048, 1e-5, 10000.0, True),
+    "small": Shape("llama", 2, 256, 4, 2, 64, 1024, 4096, 131072, 1e-5, 5e5, True),
+    "small-windows": Shape(
+        "gemma3", 6, 256, 4, 2, 64, 1024, 4096, 131072, 1e-6, 1e6, True, window=1024
+    ),
     "qwen2.5-0.5b": Shape(
         "qwen2", 24, 896, 14, 2, 64, 4864, 151936, 32768, 1e-6, 1e6, True, qkv_bias=True
     ),
@@ -144,6 +149,11 @@ def vectors(shape: Shape) -> Iterator[tuple[str, np.ndarray]]:
     for layer in range(shape.layers):
         yield f"blk.{layer}.attn_norm.weight", ones
         yield f"blk.{layer}.ffn_norm.weight", ones
+        if shape.arch == "gemma3":
+            for name in ("post_attention_norm", "post_ffw_norm"):
+                yield f"blk.{layer}.{name}.weight", ones
+            for name in ("attn_q_norm", "attn_k_norm"):
+                yield f"blk.{layer}.{name}.weight", ones[: shape.head_dim]
         if shape.qkv_bias:
             for which, size in (("q", q), ("k", kv), ("v", kv)):
                 yield f"blk.{layer}.attn_{which}.bias", np.zeros(size, np.float32)
@@ -170,6 +180,8 @@ def add_keys(writer: gguf.GGUFWriter, name: str, shape: Shape, kind: str) -> Non
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_layer_norm_rms_eps(shape.eps)
+    if shape.window:
+        writer.add_sliding_window(shape.window)
     writer.add_vocab_size(shape.vocab)
     tokens, merges, types = vocabulary(shape.vocab)
     writer.add_tokenizer_model("gpt2")

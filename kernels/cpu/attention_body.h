@@ -339,6 +339,10 @@ static void attend(const struct amber_attention *a, const struct cut *c, int kv_
         w->reference[q] = -FLT_MAX;
     }
     memset(w->total, 0, (size_t)n_queries * VL * sizeof(float));
+    for (int q = 0; q < n_queries && a->sink; q++) { /* a first score, which weighs 1 */
+        w->reference[q] = a->sink[head0 + q % heads];
+        w->total[q * VL] = 1;
+    }
     memset(w->sums, 0, (size_t)n_queries * c->padded * sizeof(float));
     const int last = first_pos + rows - 1;
     const int window = a->window <= last ? a->window : 0; /* one that reaches back to 0 is none */

@@ -11,6 +11,8 @@
                                int n, float eps);                                                  \
     void amber_silu_mul_##isa(float *y, const float *gate, const float *up, int n);                \
     void amber_gelu_mul_##isa(float *y, const float *gate, const float *up, int n);                \
+    void amber_relu2_mul_##isa(float *y, const float *gate, const float *up, int n);               \
+    void amber_swiglu_clamped_##isa(float *y, const float *gate, const float *up, int n);          \
     void amber_rope_##isa(float *x, const float *cos, const float *sin, int n_rot, bool halves);   \
     void amber_f16_from_f32_##isa(uint16_t *y, const float *x, int n);                             \
     void amber_quantize_row_##isa(int8_t *q, float *scale, int32_t *sum, const float *x, int n,    \

@@ -12,6 +12,8 @@
         k->layernorm = amber_layernorm_##isa;                                                      \
         k->silu_mul = amber_silu_mul_##isa;                                                        \
         k->gelu_mul = amber_gelu_mul_##isa;                                                        \
+        k->relu2_mul = amber_relu2_mul_##isa;                                                      \
+        k->swiglu_clamped = amber_swiglu_clamped_##isa;                                            \
         k->rope = amber_rope_##isa;                                                                \
         k->f16_from_f32 = amber_f16_from_f32_##isa;                                                \
         k->quantize_row = amber_quantize_row_##isa;                                                \

@@ -77,6 +77,16 @@ static inline __attribute__((always_inline)) vf gelu(vf v) {
     return sigmoid_times(v_mul(cubic, v_set1(1.5957691216f)), v);
 }
 
+/* A NaN comes through: v_min and v_max give their second argument where one is. */
+static inline __attribute__((always_inline)) vf relu2(vf v) {
+    v = v_max(v_set1(0), v);
+    return v_mul(v, v);
+}
+static inline __attribute__((always_inline)) vf clamped(vf gate, vf up) {
+    vf g = v_min(v_set1(7.0f), gate), u = v_min(v_set1(7.0f), v_max(v_set1(-7.0f), up));
+    return v_mul(sigmoid_times(v_mul(g, v_set1(1.702f)), g), v_add(u, v_set1(1.0f)));
+}
+
 #define ACTIVATION(name)                                                                           \
     void NAME(name##_mul)(float *y, const float *gate, const float *up, int n) {                   \
         int i = 0;                                                                                 \
@@ -91,6 +101,13 @@ static inline __attribute__((always_inline)) vf gelu(vf v) {
     }
 ACTIVATION(silu)
 ACTIVATION(gelu)
+ACTIVATION(relu2)
+
+void NAME(swiglu_clamped)(float *y, const float *gate, const float *up, int n) {
+    int i = 0;
+    for (; i + VL <= n; i += VL) v_store(y + i, clamped(v_load(gate + i), v_load(up + i)));
+    if (i < n) v_store_n(y + i, clamped(v_load_n(gate + i, n - i), v_load_n(up + i, n - i)), n - i);
+}
 
 void NAME(rope)(float *x, const float *cos, const float *sin, int n_rot, bool halves) {
     const int half = n_rot / 2;

@@ -30,10 +30,11 @@ void amber_attention_ref(const struct amber_attention *a, int unit0, int unit1, 
         int64_t base = (int64_t)kv_head * a->n_ctx; /* the head's first cache row */
         for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
             int64_t offset = ((int64_t)row * a->n_head + head) * a->head_dim;
-            double largest = -INFINITY, total = 0;
+            double largest = a->sink ? a->sink[head] : -INFINITY, total = 0;
             for (int p = first; p <= last; p++)
                 largest = fmax(largest, score(a, a->q + offset, base + p % a->n_ctx));
             for (int i = 0; i < a->head_dim; i++) sum[i] = 0;
+            if (a->sink) total = exp(a->sink[head] - largest);
             for (int p = first; p <= last; p++) {
                 double weight = exp(score(a, a->q + offset, base + p % a->n_ctx) - largest);
                 total += weight;

@@ -26,6 +26,20 @@ void amber_gelu_mul_ref(float *y, const float *gate, const float *up, int n) {
     }
 }
 
+void amber_relu2_mul_ref(float *y, const float *gate, const float *up, int n) {
+    for (int i = 0; i < n; i++) {
+        double v = gate[i] < 0 ? 0 : gate[i];
+        y[i] = (float)(v * v * (up ? up[i] : 1));
+    }
+}
+
+void amber_swiglu_clamped_ref(float *y, const float *gate, const float *up, int n) {
+    for (int i = 0; i < n; i++) {
+        double g = gate[i] > 7 ? 7 : gate[i], u = up[i] > 7 ? 7 : up[i] < -7 ? -7 : up[i];
+        y[i] = (float)(g / (1 + exp(-1.702 * g)) * (u + 1));
+    }
+}
+
 void amber_layernorm_ref(float *y, const float *x, const float *weight, const float *bias, int n,
                          float eps) {
     double mean = 0, variance = 0;

@@ -10,6 +10,8 @@ void amber_layernorm_ref(float *y, const float *x, const float *weight, const fl
                          float eps);
 void amber_silu_mul_ref(float *y, const float *gate, const float *up, int n);
 void amber_gelu_mul_ref(float *y, const float *gate, const float *up, int n);
+void amber_relu2_mul_ref(float *y, const float *gate, const float *up, int n);
+void amber_swiglu_clamped_ref(float *y, const float *gate, const float *up, int n);
 void amber_rope_ref(float *x, const float *cos, const float *sin, int n_rot, bool halves);
 void amber_f16_from_f32_ref(uint16_t *y, const float *x, int n);
 void amber_quantize_row_ref(int8_t *q, float *scale, int32_t *sum, const float *x, int n,

@@ -8,6 +8,8 @@ bool amber_kernels_ref(struct amber_kernels *k) {
         .layernorm = amber_layernorm_ref,
         .silu_mul = amber_silu_mul_ref,
         .gelu_mul = amber_gelu_mul_ref,
+        .relu2_mul = amber_relu2_mul_ref,
+        .swiglu_clamped = amber_swiglu_clamped_ref,
         .rope = amber_rope_ref,
         .f16_from_f32 = amber_f16_from_f32_ref,
         .prune = amber_prune_ref,

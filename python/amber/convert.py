@@ -35,6 +35,7 @@ SILU = frozenset({"silu", "swish"})
 # The tanh form of GELU; "gelu" in the first Gemma's files means that one too.
 GELU = frozenset({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
 GEMMA = GELU | {"gelu"}
+RELU2 = frozenset({"relu2"})
 TIED = {"tie_word_embeddings": True}
 
 
@@ -54,6 +55,11 @@ class Architecture:
     window_period: int = 0
     rope_every: int = 0  # every nth layer has no RoPE
     experts: bool = False
+    expert_sigmoid: bool = False  # routers give sigmoids
+    # Where experts are stored as inputs by outputs, how gate and up share a matrix: "halves", or
+    # output by output in "turns".
+    turned_experts: str = ""
+    yarn_exact: bool = False  # YaRN's ramp is not rounded to whole pairs of channels
     # What "hidden_act" may be: another activation is another model.
     activations: frozenset[str] = SILU
     # Values of transformers' configuration class that config.json may leave out.
@@ -75,7 +81,23 @@ ARCHITECTURES = (
         experts=True,
         window_period=1,
     ),
+    Architecture(
+        "mistral3",
+        ("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"),
+        permuted=True,
+        window_period=1,
+    ),
     Architecture("qwen2", ("Qwen2ForCausalLM",)),
+    Architecture(
+        "qwen2vl", ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+    ),
+    Architecture("qwen3vl", ("Qwen3VLForConditionalGeneration",)),
+    Architecture(
+        "qwen3vlmoe",
+        ("Qwen3VLMoeForConditionalGeneration",),
+        experts=True,
+        turned_experts="halves",
+    ),
     Architecture("qwen2moe", ("Qwen2MoeForCausalLM",), experts=True),
     Architecture("qwen3", ("Qwen3ForCausalLM",)),
     Architecture("qwen3moe", ("Qwen3MoeForCausalLM",), experts=True),
@@ -130,8 +152,37 @@ ARCHITECTURES = (
     Architecture(
         "cohere2", ("Cohere2ForCausalLM",), layer_norm=True, window_period=4, defaults=TIED
     ),
+    Architecture("chatglm", ("GlmForCausalLM",)),
     Architecture("glm4", ("Glm4ForCausalLM",)),
+    Architecture("glm4moe", ("Glm4MoeForCausalLM",), experts=True, expert_sigmoid=True),
     Architecture("ernie4_5", ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM")),
+    Architecture("ernie4_5-moe", ("Ernie4_5_MoeForCausalLM",), experts=True, defaults=TIED),
+    Architecture(
+        "gpt-oss",
+        ("GptOssForCausalLM",),
+        window_period=2,
+        experts=True,
+        turned_experts="turns",
+        yarn_exact=True,
+    ),
+    Architecture("exaone4", ("Exaone4ForCausalLM",), window_period=4),
+    Architecture("hunyuan-dense", ("HunYuanDenseV1ForCausalLM",)),
+    Architecture(
+        "hunyuan-moe",
+        ("HunYuanMoEV1ForCausalLM",),
+        experts=True,
+        defaults={"num_shared_expert": 1},
+    ),
+    Architecture("arcee", ("ArceeForCausalLM",), permuted=True, activations=RELU2),
+    Architecture(
+        "nemotron",
+        ("NemotronForCausalLM",),
+        layer_norm=True,
+        norm_plus_one=True,
+        activations=RELU2,
+    ),
+    Architecture("dots1", ("Dots1ForCausalLM",), experts=True, expert_sigmoid=True),
+    Architecture("minimax-m2", ("MiniMaxM2ForCausalLM",), experts=True, expert_sigmoid=True),
     Architecture("seed_oss", ("SeedOssForCausalLM",)),
 )
 
@@ -147,10 +198,14 @@ INTEGERS = {
 OPTIONAL_INTEGERS = {
     "attention.key_length": ("head_dim",),
     "attention.value_length": ("head_dim",),
-    "expert_count": ("num_local_experts", "num_experts"),
-    "expert_used_count": ("num_experts_per_tok",),
+    "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "expert_used_count": ("num_experts_per_tok", "moe_topk", "moe_k"),
     "expert_feed_forward_length": ("moe_intermediate_size",),
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    "expert_shared_count": ("n_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
+    "expert_group_count": ("n_group",),
+    "leading_dense_block_count": ("first_k_dense_replace", "moe_layer_start_index"),
+    "interleave_moe_layer_step": ("moe_layer_interval",),
 }
 FLOATS = {
     "attn_logit_softcapping": ("attn_logit_softcapping",),
@@ -159,12 +214,13 @@ FLOATS = {
     "embedding_scale": ("embedding_multiplier",),
     "residual_scale": ("residual_multiplier",),
     "logit_scale": ("logits_scaling", "logit_scale"),
+    "expert_weights_scale": ("routed_scaling_factor",),
 }
 BOOLEANS = {
     "expert_weights_norm": ("norm_topk_prob",),
     "use_parallel_residual": ("use_parallel_residual",),
 }
-EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
 
 # Matrices whose shape config.json tells, in all architectures that have them. phi3's ffn_up holds
 # the gate too.
@@ -192,7 +248,10 @@ HEAD_NORM = re.compile(r"(.*\.[qk]_layernorm)\.norms\.(\d+)\.weight")
 LAYER, BLOCK = re.compile(r"\.layers\.(\d+)\."), re.compile(r"blk\.(\d+)\.")
 # What files carry beside weights: buffers of older versions.
 IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attention\.(masked_)?bias|self_attn\.bias)")
-VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_model)\..*")
+VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_model|visual)\..*")
+# Experts whose matrices are inputs by outputs.
+TURNED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?")
+ROUTER_BIAS = re.compile(r"(.*\.e_score_correction)_bias")
 
 
 # ---- config.json ----
@@ -211,13 +270,15 @@ class Config:
         self.named = next((c for c in classes if isinstance(c, str)), None)
         text = whole.get("text_config")
         self.values: dict[str, Any] = {**whole, **text} if isinstance(text, dict) else whole
+        if "tie_word_embeddings" in whole:  # the head belongs to the whole model
+            self.values["tie_word_embeddings"] = whole["tie_word_embeddings"]
         self.row = self._row()
         self.values = {**self.row.defaults, **self.values}
 
     def _row(self) -> Architecture:
-        for row in ARCHITECTURES:
-            if self.named in row.classes:
-                return row
+        fitting = [row for row in ARCHITECTURES if self.named in row.classes]
+        if fitting:  # the last Mistral 3 is a class of the first with other positions
+            return fitting[-1 if self.get("model_type") == "ministral3" else 0]
         known = ", ".join(row.classes[0] for row in ARCHITECTURES)
         raise UnsupportedModelError(
             f"{CONFIG}: architecture {self.named or 'missing'} cannot be converted; supported: "
@@ -230,6 +291,8 @@ class Config:
     def number(self, kinds: Any, names: Sequence[str]) -> Any:
         """A number under one of the names; None where all are missing or null."""
         value = self.get(*names)
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
+            value = value[0]  # layer by layer, the same in all
         if value is None:
             return None
         number = isinstance(value, kinds) and not isinstance(value, bool)
@@ -275,6 +338,9 @@ def layer_types(config: Config, row: Architecture) -> list[bool]:
     if config.get("use_sliding_window"):
         full = config.integer("max_window_layers") or 0
         return [il >= full for il in range(n)]
+    pattern = config.get("sliding_window_pattern")
+    if isinstance(pattern, str):  # "LLLG": local and global layers
+        return [pattern[il % len(pattern)] == "L" for il in range(n)]
     period = config.integer("sliding_window_pattern", "_sliding_window_pattern")
     return by_period(period or row.window_period, n)
 
@@ -320,7 +386,15 @@ class Rope:
         self.base = self.real("rope_theta")
         self.kind = self._kind()
         share = self.real("partial_rotary_factor") or config.real("partial_rotary_factor") or 1.0
-        self.n_rot = int(config.head_dim() * share)
+        self.n_rot = config.integer("rotary_dim") or int(config.head_dim() * share)
+        if alpha := self.real("alpha"):  # a base for a longer context (NTK-aware scaling)
+            self.base = (self.base or 10000.0) * alpha ** (self.n_rot / (self.n_rot - 2))
+        if (
+            self.kind == "yarn"
+            and self.values.get("truncate") is False
+            and not config.row.yarn_exact
+        ):
+            raise UnsupportedModelError(f"{CONFIG}: YaRN without truncation in {config.row.name}")
         self.n_ctx = config.required("max_position_embeddings")
         self.n_ctx_orig = self.real("original_max_position_embeddings") or config.real(
             "original_max_position_embeddings"
@@ -361,7 +435,8 @@ class Rope:
     def _kind(self) -> str:
         kind = self.values.get("rope_type") or self.values.get("type") or "default"
         # Dynamic NTK changes nothing within the context that the model was made for.
-        kind = {"su": "longrope", "dynamic": "default"}.get(kind, kind)
+        # Of several axes of positions, text has one.
+        kind = {"su": "longrope", "dynamic": "default", "mrope": "default"}.get(kind, kind)
         if kind not in ("default", "linear", "yarn", "llama3", "longrope"):
             raise UnsupportedModelError(
                 f"{CONFIG}: RoPE scaling {kind!r:.60}; supported: default, linear, yarn, llama3, "
@@ -374,6 +449,11 @@ class Rope:
         keys: dict[str, Any] = {"rope.dimension_count": self.n_rot}
         if self.base:
             keys["rope.freq_base"] = self.base
+        if beta := self.real("llama_4_scaling_beta"):
+            keys["attention.temperature_scale"] = beta
+        sections = self.values.get("mrope_section")
+        if isinstance(sections, list) and all(type(n) is int for n in sections):
+            keys["rope.dimension_sections"] = [*sections, 0, 0, 0, 0][:4]
         if self.local_base:
             keys["rope.freq_base_swa"] = self.local_base
         if self.kind == "linear":
@@ -450,6 +530,13 @@ def config_keys(config: Config, row: Architecture, rope: Rope) -> dict[str, Any]
         if value and (row.experts or not key.startswith("expert")):
             keys[key] = value
     keys |= {key: v for key, names in FLOATS.items() if (v := config.real(*names)) is not None}
+    if row.experts and row.name != "llama":
+        keys.setdefault("expert_feed_forward_length", keys["feed_forward_length"])
+        shared = keys.get("expert_shared_count", 0) * keys["expert_feed_forward_length"]
+        if shared:
+            keys.setdefault("expert_shared_feed_forward_length", shared)
+    if row.expert_sigmoid:
+        keys["expert_gating_func"] = 2
     keys |= {key: v for key, names in BOOLEANS.items()
              if isinstance(v := config.get(*names), bool)}  # fmt: skip
     scalar = config.real("query_pre_attn_scalar")
@@ -519,13 +606,36 @@ def interleaved(rows: "np.ndarray", heads: int, n_rot: int) -> "np.ndarray":
     return rows.reshape(heads, size, *rows.shape[1:])[:, order].reshape(rows.shape)
 
 
-def members(name: str, tensor: Stored) -> Iterator[tuple[str, int, Stored]]:
-    """What a stored tensor holds: names as if each tensor were one of its layer's, and the place
-    among experts or heads, which GGUF stacks."""
+def is_turned(row: Architecture, tensor: Stored, width: int) -> bool:
+    """Whether experts are stored as inputs by outputs. Where files of both kinds are about, the
+    model's width tells: it is the gate's inputs and the down projection's outputs."""
+    if row.turned_experts != "halves" or len(tensor.shape) != 3:
+        return bool(row.turned_experts)
+    return tensor.shape[2 if ".down_proj" in tensor.name else 1] == width
+
+
+def members(
+    row: Architecture, width: int, name: str, tensor: Stored
+) -> Iterator[tuple[str, int, Stored]]:
+    """What a stored tensor of a model of this width holds: names as if each tensor were one of its
+    layer's, and the place among experts or heads, which GGUF stacks."""
     if found := EXPERT.fullmatch(name):
         yield f"{found[1]}.{found[3]}.weight", int(found[2]), tensor
     elif found := HEAD_NORM.fullmatch(name):
         yield f"{found[1]}.weight", int(found[2]), tensor
+    elif is_turned(row, tensor, width) and (found := TURNED.fullmatch(name)):
+        kind, half = "bias" if found[3] else "weight", tensor.shape[-1] // 2
+        parts = {"down_proj": slice(None)}
+        if found[2] == "gate_up_proj" and row.turned_experts == "turns":
+            parts = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+        elif found[2] == "gate_up_proj":
+            parts = {"gate_proj": slice(0, half), "up_proj": slice(half, None)}
+        for part, picked in parts.items():
+            yield f"{found[1]}.{part}.{kind}", 0, tensor.turned(picked)
+    elif found := ROUTER_BIAS.fullmatch(name):
+        yield f"{found[1]}.bias", 0, tensor
+    elif name.endswith(".sinks"):
+        yield f"{name}.weight", 0, tensor
     elif found := STACKED.fullmatch(name):
         parts = EXPERTS[found[2]]
         if len(tensor.shape) != 3 or tensor.shape[1] % len(parts):
@@ -579,15 +689,22 @@ class Folder:
         stored = read_folder(self.path)
         self.files = {tensor.file for tensor in stored.values()}
         groups: dict[str, list[tuple[int, Stored]]] = {}
-        for name, tensor in stored.items():
-            name = name.removeprefix("language_model.").replace("model.language_model.", "model.")
+        width = self.config.required("hidden_size")
+        plain_names = {
+            n.removeprefix("language_model.").replace("model.language_model.", "model."): n
+            for n in stored
+        }
+        for name, tensor in ((n, stored[of]) for n, of in plain_names.items()):
             if IGNORED.fullmatch(name) or VISION.fullmatch(name):
                 continue
             if name == "lm_head.weight" and self.config.get("tie_word_embeddings"):
-                if "model.embed_tokens.weight" in stored:
+                if "model.embed_tokens.weight" in plain_names:
                     continue
                 name = "model.embed_tokens.weight"  # of the two, one is saved
-            for plain, member, part in members(name, tensor):
+            layer = LAYER.search(name)
+            if layer and int(layer[1]) >= self.n_layer and self._guesses():
+                continue
+            for plain, member, part in members(self.row, width, name, tensor):
                 target = names.get_name(plain, (".weight", ".bias"))
                 layer = LAYER.search(plain)
                 if target is None or (layer and int(layer[1]) >= self.n_layer):
@@ -613,6 +730,10 @@ class Folder:
             made.append(self._transformed(tensor))
         return made
 
+    def _guesses(self) -> bool:
+        """Whether layers behind the last guess further tokens: they are left out."""
+        return bool(self.config.integer("num_nextn_predict_layers", "num_mtp_layers"))
+
     def _sizes(self) -> dict[str, int]:
         """The sizes that SHAPES names."""
         names = {key.rsplit(".", 1)[-1]: self.config.required(*names)
@@ -624,15 +745,18 @@ class Folder:
         }
 
     def _check_layers(self, names: Iterable[str]) -> None:
-        """Every layer has the tensors of the first."""
+        """Every layer has the tensors of the first, or of the first with experts."""
         layers: list[set[str]] = [set() for _ in range(self.n_layer)]
         for name in names:
             if found := BLOCK.match(name):
                 layers[int(found[1])].add(name[found.end() :])
+        first: dict[bool, int] = {}
         for il, layer in enumerate(layers):
-            if odd := layer ^ layers[0]:
+            like = first.setdefault("ffn_gate_inp.weight" in layer, il)
+            if odd := layer ^ layers[like]:
                 raise FileFormatError(
-                    f"{self.path}: layer {il}: expected the tensors of layer 0, found a difference "
+                    f"{self.path}: layer {il}: expected the tensors of layer {like}, found a "
+                    f"difference "
                     f"in {min(odd)} (a file is missing, or {CONFIG} is another model's)"
                 )
 
@@ -666,7 +790,8 @@ class Folder:
         if stacked:
             parts = [lambda t=t: t.bits()[None] for _, t in members]
             tensor = replace(tensor, shape=(len(members), *shape), parts=parts)
-        elif target.endswith("_inp_shexp.weight"):  # [1, n]: the file has a vector
+        elif target.endswith(("_inp_shexp.weight", "exp_probs_b.bias")) and len(shape) == 2:
+            # [1, n]: the file has a vector
             tensor = replace(tensor, shape=shape[-1:], parts=[lambda: first.bits()[0]])
         return tensor
 
@@ -714,7 +839,7 @@ def gguf_module() -> Any:
 def target_kind(tensor: Tensor, dtype: str) -> str:
     """The type a tensor is written in: vectors and routers always in F32, whole rows of 32 in the
     wanted one, else F16."""
-    if len(tensor.shape) == 1 or tensor.name.endswith(("norm.weight", "_inp.weight")):
+    if len(tensor.shape) == 1 or tensor.name.endswith(("norm.weight", "_inp.weight", ".bias")):
         return "F32"
     if dtype == "auto":
         return "F32" if tensor.kind == "F64" else tensor.kind

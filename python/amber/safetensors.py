@@ -36,6 +36,13 @@ class Stored:
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
     part: tuple[int, int] = (0, 1)  # which of how many equal parts of axis 1
+    turn: tuple[slice, tuple[int, ...]] | None = None  # of the last axis; the shape in the file
+
+    def turned(self, picked: slice) -> "Stored":
+        """Some of the last axis, which comes before the one before it."""
+        last = len(range(*picked.indices(self.shape[-1])))
+        shape = (self.shape[0], last, *self.shape[1:-1])
+        return replace(self, shape=shape, turn=(picked, self.shape))
 
     def slab(self, i: int, n: int) -> "Stored":
         """The i-th of n equal parts of axis 1."""
@@ -53,6 +60,10 @@ class Stored:
             )
         if 0 in self.shape:
             return np.zeros(self.shape, BITS[self.kind])
+        if self.turn:
+            picked, whole = self.turn
+            mapped = np.memmap(self.file, BITS[self.kind], "r", self.offset, whole)[..., picked]
+            return mapped.swapaxes(1, 2) if len(whole) > 2 else mapped
         i, n = self.part
         if n == 1:
             return np.memmap(self.file, BITS[self.kind], "r", self.offset, self.shape)
