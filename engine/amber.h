@@ -119,6 +119,9 @@ typedef struct amber_engine_options {
     /* Not 0: the engine only measures, and may rank channels by the other tokens of a batch
      * (criterion clact): its answers depend on how a prompt is cut into batches. */
     int32_t evaluation;
+    /* Where the model runs: NULL: AMBER_DEVICE, else "cpu"; "cuda" (the first NVIDIA GPU that can be
+     * used), "cuda:N"; "auto": a GPU where there is one that can run this model, else the CPU. */
+    const char *device;
 } amber_engine_options;
 
 typedef struct amber_engine_info {
@@ -142,6 +145,8 @@ typedef struct amber_engine_info {
     int64_t layer_multiplications;   /* of the layers' projections, for one token */
     int64_t token_bytes;             /* of weight matrices that one token's decoding reads */
     int32_t sparse_min;              /* see amber_engine_set_sparse_min */
+    char device[160];                /* "cpu", or "cuda:0 NVIDIA H100" */
+    int64_t device_bytes;            /* memory of the GPU held for weights */
 } amber_engine_info;
 
 typedef struct amber_memory {
@@ -196,6 +201,10 @@ typedef struct amber_sampling {
 const char *amber_version(void);
 /* Kernel columns that this CPU can run, best first, separated by spaces: "avx512vnni avx2 ref". */
 const char *amber_isa_list(void);
+/* A line for each device that options.device can name, and for those that cannot be used the reason:
+ * "cpu  avx512vnni avx2 ref", "cuda:0  NVIDIA H100, 85.0 GB, 84.1 GB free", "cuda  none: no NVIDIA
+ * driver". Returns the full length without the NUL; the text is cut to cap - 1. */
+int32_t amber_device_list(char *buf, size_t cap);
 
 /* ---- engine ---- */
 

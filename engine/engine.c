@@ -1,5 +1,5 @@
 /* engine.c: opening a model: options, kernels, threads, weights, tokenizer; and what it tells. */
-#include "session.h"
+#include "cuda.h"
 #include "dequant.h"
 #include "tokenizer.h"
 
@@ -15,6 +15,12 @@ const char *amber_version(void) {
 
 const char *amber_isa_list(void) {
     return amber_kernels_list();
+}
+
+int32_t amber_device_list(char *buf, size_t cap) {
+    const int cpu = snprintf(buf, cap, "cpu  %s\n", amber_kernels_list());
+    const size_t at = (size_t)cpu < cap ? (size_t)cpu : cap;
+    return cpu + cuda_list(buf ? buf + at : NULL, cap - at);
 }
 
 void amber_engine_options_defaults(amber_engine_options *options) {
@@ -50,6 +56,8 @@ static amber_status resolve_options(const amber_engine_options *options, amber_e
                           o->sparse_first_n);
     if (!o->isa) o->isa = getenv("AMBER_ISA");
     if (o->isa && !*o->isa) o->isa = NULL;
+    if (!o->device) o->device = getenv("AMBER_DEVICE");
+    if (!o->device || !*o->device) o->device = "cpu";
     return AMBER_OK;
 }
 
@@ -85,6 +93,47 @@ static amber_status open_parts(amber_engine *engine, const char *path,
     return AMBER_OK;
 }
 
+static void log_line(const struct amber_engine *engine, int level, const char *text) {
+    if (engine->log) engine->log(engine->log_user, level, text);
+}
+
+static void device_name(const struct amber_engine *engine, char *buf, size_t cap) {
+    const struct cuda *cuda = engine->cuda;
+    if (cuda)
+        snprintf(buf, cap, "cuda:%d %s", cuda->index, cuda->info.name);
+    else
+        snprintf(buf, cap, "cpu");
+}
+
+/* Opens the GPU that o names, before anything is loaded for it. "auto" goes on without one. */
+static amber_status open_device(struct amber_engine *engine, const amber_engine_options *o,
+                                amber_error *err) {
+    if (!strcmp(o->device, "cpu")) return AMBER_OK;
+    const bool automatic = !strcmp(o->device, "auto");
+    amber_error why;
+    amber_status status = cuda_open(automatic ? "cuda" : o->device, &engine->cuda, &why);
+    if (status == AMBER_OK) return AMBER_OK;
+    if (!automatic) return amber_fail(err, status, "%s", why.msg);
+    log_line(engine, 3, why.msg);
+    return AMBER_OK;
+}
+
+/* Brings the weights there. "auto" stays on the CPU where the GPU cannot have them. */
+static amber_status fill_device(struct amber_engine *engine, const amber_engine_options *o,
+                                amber_error *err) {
+    if (!engine->cuda) return AMBER_OK;
+    amber_error why;
+    amber_status status =
+        cuda_upload(engine->cuda, &engine->model, o->progress, o->progress_user, &why);
+    if (status == AMBER_OK) return AMBER_OK;
+    if (strcmp(o->device, "auto") != 0 || status == AMBER_ERR_CANCELLED)
+        return amber_fail(err, status, "%s", why.msg);
+    cuda_close(engine->cuda);
+    engine->cuda = NULL;
+    log_line(engine, 1, why.msg);
+    return AMBER_OK;
+}
+
 amber_status amber_engine_open(const char *path, const amber_engine_options *options,
                                amber_engine **out, amber_error *err) {
     *out = NULL;
@@ -98,26 +147,28 @@ amber_status amber_engine_open(const char *path, const amber_engine_options *opt
     pthread_mutex_init(&engine->lock, NULL);
     engine->log = o.log;
     engine->log_user = o.log_user;
-    status = open_parts(engine, path, &o, err);
+    status = open_device(engine, &o, err);
+    if (status == AMBER_OK) status = open_parts(engine, path, &o, err);
+    if (status == AMBER_OK) status = fill_device(engine, &o, err);
     if (status != AMBER_OK) {
         amber_engine_close(engine);
         return status;
     }
     engine->load_seconds = amber_seconds() - start;
-    if (engine->log) {
-        char text[160];
-        snprintf(text, sizeof text, "%s: %s, %d layers, kernels %s, %d threads, %.1f MB of weights",
-                 engine->model.file->label, engine->model.shape.arch->name,
-                 engine->model.shape.n_layer, engine->kernels.isa, amber_pool_threads(engine->pool),
-                 (double)engine->model.weight_bytes / 1e6);
-        engine->log(engine->log_user, 2, text);
-    }
+    char text[320], device[160];
+    device_name(engine, device, sizeof device);
+    snprintf(text, sizeof text, "%s: %s, %d layers, %s, kernels %s, %d threads, %.1f MB of weights",
+             engine->model.file->label, engine->model.shape.arch->name, engine->model.shape.n_layer,
+             device, engine->kernels.isa, amber_pool_threads(engine->pool),
+             (double)engine->model.weight_bytes / 1e6);
+    log_line(engine, 2, text);
     *out = engine;
     return AMBER_OK;
 }
 
 void amber_engine_close(amber_engine *engine) {
     if (!engine) return;
+    cuda_close(engine->cuda);
     if (engine->model.file) model_free(&engine->model);
     amber_tokenizer_close(engine->tokenizer);
     amber_pool_free(engine->pool);
@@ -188,6 +239,8 @@ void amber_engine_get_info(const amber_engine *engine, amber_engine_info *info) 
     model_work(m, &full.layer_multiplications, &full.token_bytes);
     plan_describe(&m->plan, full.sparse, sizeof full.sparse);
     snprintf(full.architecture, sizeof full.architecture, "%s", s->arch->name);
+    device_name(engine, full.device, sizeof full.device);
+    if (engine->cuda) full.device_bytes = engine->cuda->weight_bytes;
     snprintf(full.isa, sizeof full.isa, "%s", engine->kernels.isa);
     if (amber_engine_meta(engine, "general.name", full.name, sizeof full.name) < 0)
         snprintf(full.name, sizeof full.name, "%s", m->file->label);

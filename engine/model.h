@@ -77,9 +77,10 @@ static inline int layer_window(const struct shape *s, int il) {
 
 /* LayerNorm or RMSNorm by the architecture; weight NULL: there is none at this place. */
 struct norm {
-    const float *weight, *bias; /* bias may be NULL */
-    int n;                      /* elements that are normed together */
-    int step;                   /* from one head's weights to the next's; 0: shared */
+    const float *weight, *bias;               /* bias may be NULL */
+    int n;                                    /* elements that are normed together */
+    int step;                                 /* from one head's weights to the next's; 0: shared */
+    const float *device_weight, *device_bias; /* on the model's GPU */
 };
 
 /* y = x W^T + bias. Exactly one of w8.q and f32 is set, by the engine's precision. */
@@ -92,8 +93,9 @@ struct linear {
     /* What pruned rows take in place of w8, f32 and bias: the same where the rule has no vectors. */
     struct amber_w8 pruned_w8;
     const float *pruned_f32, *pruned_bias;
-    const float *shift;        /* [n_in] taken off rows before they are pruned, or NULL */
-    const float *left, *right; /* [n_out, rank], [rank, n_in]: what was pruned away; or NULL */
+    const float *shift;             /* [n_in] taken off rows before they are pruned, or NULL */
+    const float *left, *right;      /* [n_out, rank], [rank, n_in]: what was pruned away; or NULL */
+    const struct cuda_linear *cuda; /* on the model's GPU, or NULL */
     int n_out, n_in;
 };
 

@@ -19,8 +19,18 @@ static void embed_work(void *ctx, int ith, int nth) {
         model_embed(job->b->model, job->tokens[r], job->b->x + (int64_t)r * n);
 }
 
-void op_embed(struct batch *b, const int32_t *tokens) {
+static bool begin_step(struct batch *b, const int32_t *tokens, float *logits,
+                       amber_status *status) {
+    (void)logits, (void)status;
+    b->x = b->x_base;
     run_rows(b, embed_work, &(struct embed_job){b, tokens});
+    op_rope_table(b);
+    return true;
+}
+
+static amber_status end_step(struct batch *b) {
+    (void)b;
+    return AMBER_OK;
 }
 
 /* ---- linear layers ---- */
@@ -178,8 +188,12 @@ static void softcap_work(void *ctx, int ith, int nth) {
         job->logits[i] = job->cap * tanhf(job->logits[i] / job->cap);
 }
 
-void op_softcap(struct batch *b, float *logits, float cap) {
-    amber_pool_run(b->pool, softcap_work, &(struct softcap_job){b, logits, cap});
+void op_head(struct batch *b, float *logits) {
+    const struct linear *head[] = {&b->model->output};
+    const float cap = b->model->shape.final_softcap;
+    op_norm(b, &b->model->output_norm, head, 1);
+    op_linear(b, head, &logits, 1);
+    if (cap > 0) amber_pool_run(b->pool, softcap_work, &(struct softcap_job){b, logits, cap});
 }
 
 void op_keep_rows(struct batch *b, int first) {
@@ -192,3 +206,18 @@ void op_keep_rows(struct batch *b, int first) {
     b->pos0 += first;
     b->rows = rows;
 }
+
+const struct ops cpu_ops = {.begin = begin_step,
+                            .end = end_step,
+                            .norm = op_norm,
+                            .prepare = op_prepare,
+                            .activate = op_activate,
+                            .linear = op_linear,
+                            .linear_residual = op_linear_residual,
+                            .rope_and_store = op_rope_and_store,
+                            .attention = op_attention,
+                            .route = op_route,
+                            .experts = op_experts,
+                            .shared_expert = op_shared_expert,
+                            .keep_rows = op_keep_rows,
+                            .head = op_head};

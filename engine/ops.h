@@ -35,6 +35,32 @@ static inline void norm_row(const struct batch *b, const struct norm *norm, int 
         b->kernels->rmsnorm(y, x, weight, norm->n, b->model->shape.norm_eps);
 }
 
+/* The CPU's steps, see struct ops. */
+void op_rope_table(struct batch *b);
+void op_norm(struct batch *b, const struct norm *norm, const struct linear *const w[], int n);
+void op_prepare(struct batch *b, const float *src, const struct linear *const w[], int n);
+void op_activate(struct batch *b, const struct linear *w);
+void op_linear(struct batch *b, const struct linear *const w[], float *const y[], int n);
+void op_linear_residual(struct batch *b, const struct linear *w, const struct norm *post);
+void op_rope_and_store(struct batch *b, int il);
+void op_attention(struct batch *b, int il);
+void op_route(struct batch *b, int il);
+void op_experts(struct batch *b, int il);
+void op_shared_expert(struct batch *b, int il);
+void op_keep_rows(struct batch *b, int first);
+void op_head(struct batch *b, float *logits);
+
+/* Two projections can read one pruned input where their rules and channel scores agree. */
+bool same_input(const struct linear *a, const struct linear *b);
+/* The projection whose rule prunes w's input in this batch; NULL: none does. */
+const struct linear *pruned_for(const struct batch *b, const struct linear *w);
+/* The first row that a rule prunes: pairs of rows before it hold protected tokens. */
+int first_pruned(const struct batch *b);
+/* Cosines and sines of the batch's positions, [rows, n_rot / 2]; table as in batch.rope_freq. */
+void rope_angles(const struct batch *b, int table, float *cosines, float *sines);
+/* K or V of a layer in the cache. */
+uint8_t *kv_layer(const struct batch *b, int il, bool values);
+
 /* The input that choose_inputs made for w in this batch. */
 const struct activation *input_of(const struct batch *b, const struct linear *w);
 /* As op_prepare, but never in lists: for rows that are gathered before they are multiplied. */

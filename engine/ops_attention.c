@@ -4,26 +4,28 @@
 #include <math.h>
 #include <string.h>
 
-void op_rope_table(struct batch *b) {
+void rope_angles(const struct batch *b, int table, float *cosines, float *sines) {
     const struct shape *s = &b->model->shape;
     const int half = s->n_rot / 2;
-    for (int t = 0; t < 2 && b->rope_freq[t]; t++) {
-        const float mscale = t == 0 ? s->rope_mscale : 1;
-        for (int r = 0; r < b->rows; r++) {
-            for (int i = 0; i < half; i++) {
-                double angle = (b->pos0 + r) * b->rope_freq[t][i];
-                b->cos[t][(int64_t)r * half + i] = (float)cos(angle) * mscale;
-                b->sin[t][(int64_t)r * half + i] = (float)sin(angle) * mscale;
-            }
+    const float mscale = table == 0 ? s->rope_mscale : 1;
+    for (int r = 0; r < b->rows; r++) {
+        for (int i = 0; i < half; i++) {
+            double angle = (b->pos0 + r) * b->rope_freq[table][i];
+            cosines[(int64_t)r * half + i] = (float)cos(angle) * mscale;
+            sines[(int64_t)r * half + i] = (float)sin(angle) * mscale;
         }
     }
+}
+
+void op_rope_table(struct batch *b) {
+    for (int t = 0; t < 2 && b->rope_freq[t]; t++) rope_angles(b, t, b->cos[t], b->sin[t]);
 }
 
 int layer_positions(const struct batch *b, const struct shape *s, int il) {
     return layer_window(s, il) ? b->window_ctx : b->n_ctx;
 }
 
-static uint8_t *kv_layer(const struct batch *b, int il, bool values) {
+uint8_t *kv_layer(const struct batch *b, int il, bool values) {
     int64_t positions = 0;
     for (int i = 0; i < il; i++) positions += 2 * layer_positions(b, &b->model->shape, i);
     if (values) positions += layer_positions(b, &b->model->shape, il);

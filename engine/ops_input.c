@@ -5,14 +5,12 @@
 #include <math.h>
 #include <string.h>
 
-/* Two projections can read one pruned input where their rules and channel scores agree. */
-static bool same_input(const struct linear *a, const struct linear *b) {
+bool same_input(const struct linear *a, const struct linear *b) {
     if (!a || !b) return a == b;
     return a->score == b->score && a->shift == b->shift && rule_equal(a->rule, b->rule);
 }
 
-/* The projection whose rule prunes w's input in this batch; NULL: none does. */
-static const struct linear *pruned_for(const struct batch *b, const struct linear *w) {
+const struct linear *pruned_for(const struct batch *b, const struct linear *w) {
     return b->sparse && w->rule ? w : NULL;
 }
 
@@ -23,8 +21,7 @@ const struct activation *input_of(const struct batch *b, const struct linear *w)
     return &b->in[i];
 }
 
-/* The first row that a rule prunes: pairs of rows before it hold protected tokens. */
-static int first_pruned(const struct batch *b) {
+int first_pruned(const struct batch *b) {
     const int left = b->model->sparse_first_n - b->pos0, odd = b->pos0 % 2;
     return left <= 0 ? 0 : (int)amber_round_up(left + odd, 2) - odd;
 }

@@ -1,6 +1,6 @@
 /* session.c: one timeline of tokens. Decides what of a prefix is already there, cuts the rest into
  * batches, and keeps the cache consistent whatever happens in between. */
-#include "session.h"
+#include "cuda.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -160,6 +160,23 @@ static int on_tick(void *user, int il) {
                              session->progress_done + in_batch, session->progress_total);
 }
 
+/* Buffers on the engine's GPU; the tokens and the last logits are the host's. */
+static amber_status new_on_gpu(struct amber_session *session, amber_error *err) {
+    struct batch *b = &session->batch;
+    if (b->tap)
+        return amber_fail(err, AMBER_ERR_UNSUPPORTED,
+                          "session: a tap sees the inputs of layers on the CPU only (use device "
+                          "cpu)");
+    if (!make_buffer(session, (void **)&session->tokens, 4 * (int64_t)b->n_ctx, false) ||
+        !make_buffer(session, (void **)&session->logits, 4 * (int64_t)b->model->shape.n_vocab,
+                     false))
+        return amber_fail(err, AMBER_ERR_MEMORY, "session: no memory");
+    amber_status status = cuda_batch_new(session->engine->cuda, b, err);
+    if (status == AMBER_OK)
+        cuda_batch_bytes(b->model, b, &session->kv_bytes, &session->scratch_bytes);
+    return status;
+}
+
 void amber_session_options_defaults(amber_session_options *options) {
     *options = (amber_session_options){.size = sizeof *options};
 }
@@ -185,6 +202,7 @@ amber_status amber_session_new(amber_engine *engine, const amber_session_options
     session->progress_user = o.progress_user;
     struct batch *b = &session->batch;
     b->model = model;
+    b->op = engine->cuda ? &cuda_ops : &cpu_ops;
     b->kernels = &engine->kernels;
     b->pool = engine->pool;
     b->tick_user = session;
@@ -194,6 +212,16 @@ amber_status amber_session_new(amber_engine *engine, const amber_session_options
     amber_status status = set_sizes(&model->shape, o.n_ctx, o.n_batch, b, err);
     if (status != AMBER_OK) {
         amber_session_free(session);
+        return status;
+    }
+    if (engine->cuda) {
+        pthread_mutex_lock(&engine->lock);
+        status = new_on_gpu(session, err);
+        pthread_mutex_unlock(&engine->lock);
+        if (status == AMBER_OK)
+            *out = session;
+        else
+            amber_session_free(session);
         return status;
     }
     if (!each_buffer(&model->shape, model->float_weights, &model->plan, amber_pool_threads(b->pool),
@@ -217,6 +245,9 @@ amber_status amber_session_new(amber_engine *engine, const amber_session_options
 
 void amber_session_free(amber_session *session) {
     if (!session) return;
+    pthread_mutex_lock(&session->engine->lock);
+    cuda_batch_free(&session->batch);
+    pthread_mutex_unlock(&session->engine->lock);
     for (int i = 0; i < session->n_blocks; i++) amber_free(session->blocks[i]);
     free(session->blocks);
     free(session);
@@ -276,6 +307,8 @@ static amber_status extend(struct amber_session *session, const int32_t *tokens,
         pthread_mutex_lock(&session->engine->lock);
         amber_status status = forward(b, tokens + pos, rows, pos, first, logits);
         pthread_mutex_unlock(&session->engine->lock);
+        if (status == AMBER_ERR_DEVICE)
+            return amber_fail(err, status, "cuda:%d: %s", session->engine->cuda->index, b->why);
         if (status != AMBER_OK)
             return amber_fail(err, status, "prefill: cancelled after %d of %d tokens", pos, n);
         memmove(session->tokens + pos, tokens + pos, sizeof *tokens * (size_t)rows);

@@ -10,6 +10,7 @@
 struct amber_engine {
     struct model model;
     struct amber_kernels kernels;
+    struct cuda *cuda; /* the GPU that the model is on; NULL: the CPU */
     struct amber_pool *pool;
     amber_tokenizer *tokenizer;
     pthread_mutex_t lock; /* one computation at a time on the pool */
@@ -36,6 +37,9 @@ struct activation {
  * sized for the session's n_batch rows when the session is made; nothing is allocated here. */
 struct batch {
     const struct model *model;
+    const struct ops *op;
+    struct cuda_batch *cuda; /* buffers of a GPU; NULL on the CPU */
+    char why[160];           /* what went wrong on a device */
     const struct amber_kernels *kernels;
     struct amber_pool *pool;
 
@@ -133,36 +137,43 @@ amber_status forward(struct batch *b, const int32_t *tokens, int rows, int pos0,
 int plan_inputs(const struct plan *plan);
 int plan_lists(const struct plan *plan, const struct amber_kernels *kernels);
 
-/* ---- ops*.c: every function is one step over all rows of the batch ---- */
+/* ---- steps ---- */
 
-void op_embed(struct batch *b, const int32_t *tokens);
-void op_rope_table(struct batch *b);
-/* The three sources of an input, each made ready for the n linear layers w that will read it: pruned
- * where their rules say so, and quantized.
- * in = norm(x), or x where there is none */
-void op_norm(struct batch *b, const struct norm *norm, const struct linear *const w[], int n);
-/* in = the rows of src [rows, n_in] */
-void op_prepare(struct batch *b, const float *src, const struct linear *const w[], int n);
-/* in = activation(gate) * up, or activation(up) in a model without gate */
-void op_activate(struct batch *b, const struct linear *w);
-/* y[i] = w[i](in) for the n linear layers that the input was made for. Layers without outputs are
- * passed over. */
-void op_linear(struct batch *b, const struct linear *const w[], float *const y[], int n);
-/* x += w(in), or x += post(w(in)) where there is such a norm. */
-void op_linear_residual(struct batch *b, const struct linear *w, const struct norm *post);
-/* Norms q and k where the layer does, rotates them, and writes k and v to the cache of layer il. */
-void op_rope_and_store(struct batch *b, int il);
-/* attn = attention of q over the cache of layer il. */
-void op_attention(struct batch *b, int il);
-/* y = norm(x) and each row's experts. */
-void op_route(struct batch *b, int il);
-/* x += the shares of the chosen experts, each down(activation(gate y) * up y). */
-void op_experts(struct batch *b, int il);
-/* x += what an expert gives that every token has, by its own share where it has one. */
-void op_shared_expert(struct batch *b, int il);
-/* logits [rows, n_vocab] = cap * tanh(logits / cap) */
-void op_softcap(struct batch *b, float *logits, float cap);
-/* From here on only rows first..rows-1 go on. q and x move along. */
-void op_keep_rows(struct batch *b, int first);
+/* A device's steps, each over all rows of the batch. Those that give no status are told by `end`. */
+struct ops {
+    /* x = embeddings of the tokens, angles of their positions. false: there is nothing left to do,
+     * *status tells what came of it (a device may replay a whole recorded step). */
+    bool (*begin)(struct batch *b, const int32_t *tokens, float *logits, amber_status *status);
+    /* Waits for what was begun. On failure the batch's `why` is filled. */
+    amber_status (*end)(struct batch *b);
+    /* The three sources of an input, each made ready for the n linear layers w that will read it:
+     * pruned where their rules say so, and quantized.
+     * in = norm(x), or x where there is none */
+    void (*norm)(struct batch *b, const struct norm *norm, const struct linear *const w[], int n);
+    /* in = the rows of src [rows, n_in] */
+    void (*prepare)(struct batch *b, const float *src, const struct linear *const w[], int n);
+    /* in = activation(gate) * up, or activation(up) in a model without gate */
+    void (*activate)(struct batch *b, const struct linear *w);
+    /* y[i] = w[i](in) for the n linear layers that the input was made for. Layers without outputs
+     * are passed over. */
+    void (*linear)(struct batch *b, const struct linear *const w[], float *const y[], int n);
+    /* x += w(in), or x += post(w(in)) where there is such a norm. */
+    void (*linear_residual)(struct batch *b, const struct linear *w, const struct norm *post);
+    /* Norms q and k where the layer does, rotates them, and writes k and v to the cache. */
+    void (*rope_and_store)(struct batch *b, int il);
+    /* attn = attention of q over the cache of layer il. */
+    void (*attention)(struct batch *b, int il);
+    /* y = norm(x) and each row's experts. */
+    void (*route)(struct batch *b, int il);
+    /* x += the shares of the chosen experts, each down(activation(gate y) * up y). */
+    void (*experts)(struct batch *b, int il);
+    /* x += what an expert gives that every token has, by its own share where it has one. */
+    void (*shared_expert)(struct batch *b, int il);
+    /* From here on only rows first..rows-1 go on. q and x move along. */
+    void (*keep_rows)(struct batch *b, int first);
+    /* logits [rows, n_vocab] = cap(output(norm(x))), host memory on every device. */
+    void (*head)(struct batch *b, float *logits);
+};
+extern const struct ops cpu_ops;
 
 #endif

@@ -136,7 +136,7 @@ def test_describe():
         (["demo", "-p", "x", "-sys", "Be brief."], 2, ["-sys", "chat template"]),
         (["demo", "-p", "x", "--chat-template", "chatty"], 2, ["no such file", "chatml, llama3"]),
         (["demo", "-p", "x", "--chat-template-kwargs", "[1]"], 2, ["expected a JSON object"]),
-        (["demo", "-p", "x", "--device", "cuda"], 1, ["no CUDA"]),
+        (["demo", "-p", "x", "--device", "cuda:999"], 1, ["device cuda:999"]),
         (["demo", "-p", "x", "-c", "-7"], 2, ["n_ctx"]),
         (["no-such-model", "-p", "x"], 1, ["no-such-model", "demo"]),
         (["demo", "-f", "no-such-file"], 1, ["no-such-file"]),

@@ -336,11 +336,10 @@ static void test_attention(int rows, int heads, int kv, int d, int n_ctx, int po
     void *scratch = aligned_alloc(64, (ref.attention_scratch + 127) / 64 * 64);
     ref.attention(&a, 0, ref.attention_units(&a), scratch);
     free(scratch);
-    /* Scores are sums of d products with q rounded to float16 (2^-11 each): with |q|, |k| about 1 an
-     * error of 2^-11 at most a few times; weights are rounded by as much, values are about 1. */
+    /* Two float16 hold 21 bits of q and of the weights; what is below 2^-24 is lost. */
     double worst = 0;
     for (int i = 0; i < rows * heads * d; i++) worst = fmax(worst, fabs(out[i] - expected[i]));
-    CHECK(worst < 0x1p-8);
+    CHECK(worst < 1e-5);
     for (int i = 0; i < rows * heads * d; i++) CHECK(!isnan(out[i]));
 }
 

@@ -124,14 +124,6 @@ static dim3 grid(int x, int y = 1, int z = 1) {
     return dim3((unsigned)x, (unsigned)y, (unsigned)z);
 }
 
-/* The form whose choice makes this pattern's mask; FORM_DENSE: none, or no mask. */
-static int form_of(const struct amber_pattern &p) {
-    if (p.kind == AMBER_PATTERN_RELIEF) return p.relief == 32 ? FORM_R32 : FORM_R16;
-    if (p.kind != AMBER_PATTERN_GROUP || p.block != 1) return FORM_DENSE;
-    if (p.relief) return FORM_816X;
-    return p.n == 2 && p.m == 4 ? FORM_24 : FORM_DENSE;
-}
-
 template <int FORM>
 static void launch_input(amber_cuda_device *d, const input_args &g, int blocks, size_t shared) {
     runtime_launch(&d->rt,
@@ -141,7 +133,7 @@ static void launch_input(amber_cuda_device *d, const input_args &g, int blocks, 
 
 static void step_input(amber_cuda_device *d, const struct input_args *given) {
     input_args g = *given;
-    const int form = form_of(g.pattern);
+    const int form = frag_form_of(&g.pattern);
     const bool pairs = g.pattern.kind == AMBER_PATTERN_GROUP && g.pattern.tokens == 2;
     const int blocks = pairs ? (g.rows + g.odd + 1) / 2 : g.rows;
     const bool scores = g.pattern.kind != AMBER_PATTERN_DENSE;

@@ -12,12 +12,16 @@ DEVICE float attention_score(const attention_args &g, float dot) {
     return g.softcap > 0 ? g.softcap * tanhf(score / g.softcap) : score;
 }
 
-/* ---- many rows ---- */
+/* ---- many rows ----
+ *
+ * Keys and values are float16; q and the weights are not, and go through the tensor cores as two
+ * float16 each, what is left of the first in the second: rounding them once would move the INT8
+ * roundings that follow about as much as quantization itself errs. */
 
 template <int HD> struct flash_tile {
-    static constexpr int keys = HD > 128 ? 32 : 64; /* positions of a step */
+    static constexpr int keys = HD > 128 ? 16 : HD > 64 ? 32 : 64; /* positions of a step */
     static constexpr int stride = HD + 8; /* halves; keeps rows out of each other's banks */
-    static constexpr int shared = 2 * stride * (FLASH_ROWS + 2 * keys);
+    static constexpr int shared = 2 * stride * (2 * FLASH_ROWS + 2 * keys);
 };
 
 /* Halves of `count` cache rows from position `first` on, zeros behind `last` and behind head_dim. */
@@ -38,7 +42,7 @@ template <int HD> KERNEL(FLASH_THREADS, 1) void flash_kernel(const attention_arg
     constexpr int KT = tile::keys / 8;
     DYNAMIC_SHARED(shared);
     uint16_t *sq = (uint16_t *)(void *)shared;
-    uint16_t *sk = sq + FLASH_ROWS * tile::stride, *sv = sk + tile::keys * tile::stride;
+    uint16_t *sk = sq + 2 * FLASH_ROWS * tile::stride, *sv = sk + tile::keys * tile::stride;
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int head = (int)blockIdx.y, row0 = (int)blockIdx.x * FLASH_ROWS, pos0 = *g.pos0;
     const int64_t cache = (int64_t)(head / (g.n_head / g.n_head_kv)) * g.n_ctx * g.head_dim;
@@ -47,7 +51,10 @@ template <int HD> KERNEL(FLASH_THREADS, 1) void flash_kernel(const attention_arg
         const int r = i / HD, d = i % HD;
         const bool exists = row0 + r < g.rows && d < g.head_dim;
         const int64_t at = ((int64_t)(row0 + r) * g.n_head + head) * g.head_dim + d;
-        sq[r * tile::stride + d] = half_bits(exists ? g.q[at] : 0.0f);
+        const float q = exists ? g.q[at] : 0.0f;
+        const uint16_t high = half_bits(q);
+        sq[r * tile::stride + d] = high;
+        sq[(FLASH_ROWS + r) * tile::stride + d] = half_bits(q - float_of_half(high));
     }
     float o[HD / 8][4], most[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     AMBER_UNROLL
@@ -70,14 +77,17 @@ template <int HD> KERNEL(FLASH_THREADS, 1) void flash_kernel(const attention_arg
         for (int i = 0; i < KT * 4; i++) s[i / 4][i % 4] = 0;
         AMBER_UNROLL
         for (int d = 0; d < HD; d += 16) {
-            uint32_t a[4];
-            load_matrices<false>(a,
-                                 sq + (warp * 16 + lane % 16) * tile::stride + d + lane / 16 * 8);
+            uint32_t a[4], low[4];
+            const uint16_t *from = sq + (warp * 16 + lane % 16) * tile::stride + d + lane / 16 * 8;
+            load_matrices<false>(low, from + FLASH_ROWS * tile::stride);
+            load_matrices<false>(a, from);
             AMBER_UNROLL
             for (int n = 0; n < KT; n += 2) {
                 uint32_t b[4]; /* two tiles of eight keys, two halves of the 16 channels each */
                 load_matrices<false>(b, sk + (n * 8 + lane / 16 * 8 + lane % 8) * tile::stride + d +
                                             lane / 8 % 2 * 8);
+                mma_f16(s[n], low, b);
+                mma_f16(s[n + 1], low, b + 2);
                 mma_f16(s[n], a, b);
                 mma_f16(s[n + 1], a, b + 2);
             }
@@ -115,17 +125,22 @@ template <int HD> KERNEL(FLASH_THREADS, 1) void flash_kernel(const attention_arg
         }
         AMBER_UNROLL
         for (int k = 0; k < KT; k += 2) {
-            uint32_t a[4];
+            uint32_t a[4], low[4];
             AMBER_UNROLL
             for (int i = 0; i < 4; i++) {
                 const float *from = s[k + i / 2] + i % 2 * 2;
-                a[i] = half_bits(from[0]) | (uint32_t)half_bits(from[1]) << 16;
+                const uint16_t p0 = half_bits(from[0]), p1 = half_bits(from[1]);
+                a[i] = p0 | (uint32_t)p1 << 16;
+                low[i] = half_bits(from[0] - float_of_half(p0)) |
+                         (uint32_t)half_bits(from[1] - float_of_half(p1)) << 16;
             }
             AMBER_UNROLL
             for (int d = 0; d < HD / 8; d += 2) {
                 uint32_t b[4];
                 load_matrices<true>(b, sv + (k * 8 + lane % 16) * tile::stride + d * 8 +
                                            lane / 16 * 8);
+                mma_f16(o[d], low, b);
+                mma_f16(o[d + 1], low, b + 2);
                 mma_f16(o[d], a, b);
                 mma_f16(o[d + 1], a, b + 2);
             }

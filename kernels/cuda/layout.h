@@ -53,6 +53,14 @@
 /* Metadata that names places 0 and 1 everywhere: legal, for rows that hold nothing. */
 #define FRAG_EMPTY_META 0x44444444u
 
+/* The form whose choice makes a pattern's mask; FORM_DENSE: none does, or there is no mask. */
+AMBER_HD int frag_form_of(const struct amber_pattern *p) {
+    if (p->kind == AMBER_PATTERN_RELIEF) return p->relief == 32 ? FORM_R32 : FORM_R16;
+    if (p->kind != AMBER_PATTERN_GROUP || p->block != 1) return FORM_DENSE;
+    if (p->relief) return FORM_816X;
+    return p->n == 2 && p->m == 4 ? FORM_24 : FORM_DENSE;
+}
+
 /* Blocks of channels in a period, and blocks of windows behind them. */
 AMBER_HD int frag_base(int form) {
     return form == FORM_R32 ? 8 : 4;

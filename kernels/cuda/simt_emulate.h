@@ -8,7 +8,6 @@
 
 #include <stdio.h>
 #include <stdlib.h>
-#include <ucontext.h>
 
 #define KERNEL(threads, blocks) static
 #define DEVICE                  static inline
@@ -24,6 +23,49 @@ struct uint4 {
 };
 
 enum { SIMT_THREADS = 1024, SIMT_STACK = 64 << 10 };
+
+/* ---- fibers ----
+ *
+ * simt_context is a place to go on; simt_switch leaves this one for another. ucontext does it
+ * everywhere, with a system call each time; on x86-64 a few instructions do it without. */
+#if defined(__x86_64__)
+typedef void *simt_context; /* the stack pointer, callee-saved registers above it */
+
+extern "C" void simt_switch_stacks(simt_context *from, simt_context to);
+asm(".text\n"
+    ".local simt_switch_stacks\n"
+    ".type simt_switch_stacks, @function\n"
+    "simt_switch_stacks:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp, (%rdi)\n"
+    "movq %rsi, %rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\n"
+    "ret\n");
+
+static inline void simt_switch(simt_context *from, simt_context *to) {
+    simt_switch_stacks(from, *to);
+}
+static inline void simt_prepare(simt_context *c, char *stack, void (*enter)(void)) {
+    void **top = (void **)(void *)(stack + SIMT_STACK); /* malloc aligned it to 16 */
+    memset(top - 8, 0, 8 * sizeof *top);
+    top[-2] = (void *)enter;
+    *c = top - 8;
+}
+#else
+#include <ucontext.h>
+typedef ucontext_t simt_context;
+
+static inline void simt_switch(simt_context *from, simt_context *to) {
+    swapcontext(from, to);
+}
+static inline void simt_prepare(simt_context *c, char *stack, void (*enter)(void)) {
+    getcontext(c);
+    c->uc_stack.ss_sp = stack;
+    c->uc_stack.ss_size = SIMT_STACK;
+    c->uc_link = NULL;
+    makecontext(c, enter, 0);
+}
+#endif
 
 /* What a lane brings to an operation of its warp, and takes away. */
 struct simt_operands {
@@ -42,7 +84,7 @@ enum simt_kind {
 };
 
 struct simt_fiber {
-    ucontext_t context;
+    simt_context context;
     char *stack;
     bool done;
     long waits_warp, waits_block; /* the generation that has to pass; -1: none */
@@ -50,7 +92,7 @@ struct simt_fiber {
 
 struct simt_state {
     simt_fiber fiber[SIMT_THREADS];
-    ucontext_t scheduler;
+    simt_context scheduler;
     int n, current, done, arrived;
     long generation;
     struct {
@@ -76,7 +118,7 @@ static simt_state simt;
 }
 
 static inline void simt_yield(void) {
-    swapcontext(&simt.fiber[simt.current].context, &simt.scheduler);
+    simt_switch(&simt.fiber[simt.current].context, &simt.scheduler);
 }
 
 static inline void sync_block(void) {
@@ -138,7 +180,7 @@ static inline void simt_enter(void) {
         simt.arrived = 0;
         simt.generation++;
     }
-    swapcontext(&me->context, &simt.scheduler);
+    simt_switch(&me->context, &simt.scheduler);
 }
 
 static inline bool simt_waits(int i) {
@@ -156,11 +198,7 @@ static inline void simt_run_block(void) {
         simt_fiber *f = &simt.fiber[i];
         if (!f->stack) f->stack = (char *)malloc(SIMT_STACK);
         if (!f->stack) simt_fail("no memory");
-        getcontext(&f->context);
-        f->context.uc_stack.ss_sp = f->stack;
-        f->context.uc_stack.ss_size = SIMT_STACK;
-        f->context.uc_link = NULL;
-        makecontext(&f->context, simt_enter, 0);
+        simt_prepare(&f->context, f->stack, simt_enter);
         f->done = false;
         f->waits_warp = f->waits_block = -1;
     }
@@ -169,7 +207,7 @@ static inline void simt_run_block(void) {
         for (int i = 0; i < simt.n; i++) {
             if (simt.fiber[i].done || simt_waits(i)) continue;
             simt.current = i;
-            swapcontext(&simt.scheduler, &simt.fiber[i].context);
+            simt_switch(&simt.scheduler, &simt.fiber[i].context);
             moved = true;
         }
         if (!moved) simt_fail("all threads wait");

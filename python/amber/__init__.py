@@ -7,7 +7,7 @@
 from ._amber import ffi as _ffi
 from ._amber import lib as _lib_c
 from ._lib import Progress, Tap
-from .engine import Engine, EngineInfo, MemoryEstimate, isa_list, memory_estimate
+from .engine import Engine, EngineInfo, MemoryEstimate, device_list, isa_list, memory_estimate
 from .errors import (
     AmberError,
     ArgumentError,
@@ -54,6 +54,7 @@ __all__ = [
     "Tokenizer",
     "UnsupportedModelError",
     "find_model",
+    "device_list",
     "isa_list",
     "memory_estimate",
 ]

@@ -16,7 +16,7 @@ from . import __version__
 from .chat import Messages, Thinking, fold_system
 from .chat_families import FAMILIES
 from .command import INTERRUPTED, UsageError
-from .engine import PRECISIONS, Engine, isa_list
+from .engine import PRECISIONS, Engine, device_list, isa_list
 from .errors import AmberError, ChatTemplateError
 from .generate import Stream
 from .models import built_in_models
@@ -67,7 +67,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("-b", "--batch", type=int, help="rows of one prefill batch (512)")
     model.add_argument("-t", "--threads", type=int, help="threads (physical cores)")
     model.add_argument("--precision", choices=PRECISIONS, default="int8", help="(int8)")
-    model.add_argument("--device", default="auto", help="auto, cpu (auto)")
+    model.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:N, auto ($AMBER_DEVICE or cpu)"
+    )
     model.add_argument("--isa", help=f"kernel column of {', '.join(isa_list())} (the first)")
     model.add_argument("--info", action="store_true", help="describe the model and end")
 
@@ -232,7 +234,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"amber {__version__}  cpu: {' '.join(isa_list())}")
         return 0
     if args.list_devices:
-        print(f"cpu   {' '.join(isa_list())}, {os.cpu_count()} logical processors")
+        print("\n".join(device_list()))
         return 0
     if args.model and args.positional:
         raise UsageError(f"two models: {args.positional} and -m {args.model}")

@@ -47,7 +47,8 @@ class EngineInfo:
     name: str
     weight_types: str  # of the file, most bytes first
     precision: str  # "int8" | "float"
-    device: str
+    device: str  # "cpu", or "cuda:0 NVIDIA H100"
+    device_bytes: int  # memory of the GPU held for weights
     isa: str  # kernel column in use
     threads: int
     n_layer: int
@@ -99,7 +100,9 @@ class Engine:
     n_batch: rows of one prefill batch.
     progress: called as progress(phase, done, total), see amber.Progress; a true result cancels.
     log: called as log(level, text); None: the logger "amber" of `logging`.
-    device: "auto" or "cpu".
+    device: "cpu", "cuda" (the first NVIDIA GPU that can be used), "cuda:N", or "auto": a GPU where
+        there is one that can run the model, else the CPU; see device_list(). None: $AMBER_DEVICE,
+        else "cpu".
     sparse: activation sparsity in prefill: "off", "auto" (what the file carries, else dense), a
         pattern such as "8:16" or "8:16@all", a plan file; see amber.sparse.plan_text.
     criterion, mitigation: how channels are ranked ("act", "norm", "amber", "amber-b") and what is
@@ -130,7 +133,7 @@ class Engine:
         n_batch: int | None = None,
         progress: Progress | None = None,
         log: Log | None = None,
-        device: str = "auto",
+        device: str | None = None,
         sparse: Sparse = "auto",
         criterion: str | None = None,
         mitigation: str | None = None,
@@ -139,11 +142,10 @@ class Engine:
         chat_template: str | None = None,
         evaluation: bool = False,
     ) -> None:
-        _check_device(device)
         self.path = find_model(path)
         callbacks = Callbacks(progress, log)
         plan = plan_text(sparse, criterion, mitigation)
-        options, keep = _options(precision, threads, isa, plan, sparse_first_n)
+        options, keep = _options(precision, threads, isa, plan, sparse_first_n, device)
         options.evaluation = evaluation
         options.progress, options.progress_user = lib.amber_py_progress, callbacks.handle
         options.log, options.log_user = lib.amber_py_log, callbacks.handle
@@ -178,7 +180,6 @@ class Engine:
         facts = struct_fields(c_info) | {
             "path": self.path,
             "precision": precision,
-            "device": "cpu",
             "has_chat_template": self.chat_template is not None,
             **{name: stats[name] for name in ("n_ctx", "kv_bytes", "scratch_bytes")},
         }
@@ -440,8 +441,22 @@ def isa_list() -> list[str]:
     return text(lib.amber_isa_list()).split()
 
 
+def device_list() -> list[str]:
+    """A line for each device that a model can run on, and for GPUs that cannot be used the reason:
+    "cpu  avx512vnni avx2 ref", "cuda:0  NVIDIA H100, 85.0 GB, 84.1 GB free"."""
+    size = lib.amber_device_list(ffi.new("char[1]"), 1) + 1
+    buffer = ffi.new("char[]", size)
+    lib.amber_device_list(buffer, size)
+    return ffi.string(buffer).decode(errors="replace").splitlines()
+
+
 def _options(
-    precision: str, threads: int | None, isa: str | None, plan: str, sparse_first_n: int = 0
+    precision: str,
+    threads: int | None,
+    isa: str | None,
+    plan: str,
+    sparse_first_n: int = 0,
+    device: str | None = None,
 ) -> tuple[Any, Any]:
     """(amber_engine_options, what must outlive it)."""
     if precision not in PRECISIONS:
@@ -452,14 +467,8 @@ def _options(
     options.isa = c_isa
     options.sparse = c_plan = ffi.new("char[]", plan.encode())
     options.sparse_first_n = sparse_first_n
-    return options, (c_isa, c_plan)
-
-
-def _check_device(device: str) -> None:
-    if device == "cuda":
-        raise DeviceError("device cuda: this build has no CUDA device (use device='cpu')")
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"device: expected auto, cpu or cuda, found {device!r}")
+    options.device = c_device = ffi.new("char[]", device.encode()) if device else ffi.NULL
+    return options, (c_isa, c_plan, c_device)
 
 
 def _is_batch(prompt: Any) -> bool:

@@ -1,0 +1,274 @@
+/* cuda.c: finding libamber_cuda and its GPUs, and bringing a model's weights there. */
+#define _GNU_SOURCE /* dladdr */
+
+#include "cuda.h"
+#include "cuda/layout.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- the library ---- */
+
+static const struct amber_cuda_api *api;
+static char missing[512]; /* why there is no api */
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+/* The add-on lies beside the file that this code is in, or where the loader looks. */
+static void beside(char *path, size_t size) {
+    Dl_info info;
+    path[0] = 0;
+    if (!dladdr((void *)&missing, &info) || !info.dli_fname) return;
+    const char *slash = strrchr(info.dli_fname, '/');
+    if (slash)
+        snprintf(path, size, "%.*s/libamber_cuda.so", (int)(slash - info.dli_fname),
+                 info.dli_fname);
+}
+
+static void load(void) {
+    const char *given = getenv("AMBER_CUDA_LIBRARY");
+    char path[512];
+    beside(path, sizeof path);
+    void *library = NULL;
+    if (given && *given) {
+        library = dlopen(given, RTLD_NOW | RTLD_LOCAL);
+    } else {
+        if (path[0]) library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+        if (!library) library = dlopen("libamber_cuda.so", RTLD_NOW | RTLD_LOCAL);
+    }
+    if (!library) {
+        if (given && *given)
+            snprintf(missing, sizeof missing, "%s", dlerror());
+        else
+            snprintf(missing, sizeof missing,
+                     "this build has no libamber_cuda.so (build with AMBER_CUDA=ON)");
+        return;
+    }
+    const struct amber_cuda_api *found = dlsym(library, AMBER_CUDA_SYMBOL);
+    if (found && found->version == AMBER_CUDA_VERSION) {
+        api = found;
+        return;
+    }
+    snprintf(missing, sizeof missing, "libamber_cuda.so: expected version %d, found %d",
+             AMBER_CUDA_VERSION, found ? found->version : 0);
+    dlclose(library);
+}
+
+/* Number of GPUs; 0 with the reason in why. */
+static int count_gpus(char *why, size_t size) {
+    pthread_once(&once, load);
+    if (api) return api->count(why, size);
+    snprintf(why, size, "%s", missing);
+    return 0;
+}
+
+int cuda_list(char *buf, size_t cap) {
+    char why[512] = "";
+    const int n = count_gpus(why, sizeof why);
+    if (n == 0) return snprintf(buf, cap, "cuda  none: %s\n", why);
+    size_t at = 0;
+    for (int i = 0; i < n; i++) {
+        struct amber_cuda_info info = {.name = "GPU"};
+        char *to = at < cap ? buf + at : NULL;
+        const size_t left = at < cap ? cap - at : 0;
+        if (api->describe(i, &info, why, sizeof why))
+            at += (size_t)snprintf(to, left, "cuda:%d  %s, %.1f GB, %.1f GB free\n", i, info.name,
+                                   (double)info.total_bytes / 1e9, (double)info.free_bytes / 1e9);
+        else
+            at += (size_t)snprintf(to, left, "cuda:%d  %s cannot be used: %s\n", i, info.name, why);
+    }
+    return (int)at;
+}
+
+amber_status cuda_open(const char *name, struct cuda **out, amber_error *err) {
+    *out = NULL;
+    char why[512] = "";
+    long wanted = -1;
+    if (strncmp(name, "cuda", 4) != 0 || (name[4] && name[4] != ':'))
+        return amber_fail(err, AMBER_ERR_ARGUMENT,
+                          "device: expected cpu, auto, cuda or cuda:N, found \"%.40s\"", name);
+    if (name[4]) {
+        char *end;
+        wanted = strtol(name + 5, &end, 10);
+        if (end == name + 5 || *end || wanted < 0 || wanted > 1023)
+            return amber_fail(err, AMBER_ERR_ARGUMENT,
+                              "device: expected cuda:N with N from 0 on, found \"%.40s\"", name);
+    }
+    const int n = count_gpus(why, sizeof why);
+    if (n == 0) return amber_fail(err, AMBER_ERR_DEVICE, "device %s: none here: %s", name, why);
+    if (wanted >= n)
+        return amber_fail(err, AMBER_ERR_DEVICE, "device %s: expected cuda:0..cuda:%d", name,
+                          n - 1);
+    struct cuda *cuda = calloc(1, sizeof *cuda);
+    if (!cuda) return amber_fail(err, AMBER_ERR_MEMORY, "device %s: no memory", name);
+    cuda->api = api;
+    for (int i = wanted < 0 ? 0 : (int)wanted; i < (wanted < 0 ? n : (int)wanted + 1); i++) {
+        if (!api->describe(i, &cuda->info, why, sizeof why)) continue;
+        cuda->index = i;
+        cuda->device = api->open(i, why, sizeof why);
+        if (cuda->device) break;
+    }
+    if (!cuda->device) {
+        amber_status status = amber_fail(err, AMBER_ERR_DEVICE, "device %s: %s cannot be used: %s",
+                                         name, cuda->info.name, why);
+        free(cuda);
+        return status;
+    }
+    *out = cuda;
+    return AMBER_OK;
+}
+
+void cuda_close(struct cuda *cuda) {
+    if (!cuda) return;
+    cuda->api->close(cuda->device);
+    free(cuda);
+}
+
+/* ---- weights ---- */
+
+struct upload {
+    struct cuda *cuda;
+    struct model *model;
+    uint8_t *fragments; /* of one matrix, on the way */
+    int64_t largest;    /* bytes of it */
+    int64_t done, total;
+    bool counting; /* only total and largest */
+    amber_progress_fn progress;
+    void *user;
+    amber_error *err;
+};
+
+static amber_status no_room(const struct upload *u) {
+    return amber_fail(u->err, AMBER_ERR_MEMORY,
+                      "%s on cuda:%d: the weights need %.1f MB, %.1f MB are free (use a smaller "
+                      "model, or the CPU)",
+                      u->model->file->label, u->cuda->index, (double)u->total / 1e6,
+                      (double)u->cuda->info.free_bytes / 1e6);
+}
+
+static amber_status put(struct upload *u, const void *from, int64_t bytes, void *out) {
+    void *p = NULL;
+    if (u->counting) {
+        u->total += from ? bytes : 0;
+        return AMBER_OK;
+    }
+    if (from) {
+        p = u->cuda->api->alloc(u->cuda->device, bytes, 0);
+        if (!p) return no_room(u);
+        u->cuda->api->upload(u->cuda->device, p, from, bytes);
+        u->done += bytes;
+    }
+    *(void **)out = p;
+    return AMBER_OK;
+}
+
+static amber_status put_norm(struct upload *u, struct norm *norm, int parts) {
+    const int n = norm->step ? norm->step * (parts - 1) + norm->n : norm->n;
+    amber_status status = put(u, norm->weight, 4 * (int64_t)n, &norm->device_weight);
+    return status == AMBER_OK ? put(u, norm->bias, 4 * (int64_t)n, &norm->device_bias) : status;
+}
+
+/* The panels of kernels.h as fragments: without their offset of 128. */
+static void to_fragments(const struct amber_w8 *w, uint8_t *to) {
+    memset(to, 0, frag_b_bytes(w->n_out, w->k_pad));
+    for (int o = 0; o < w->n_out; o++) {
+        const uint8_t *panel = w->q + (size_t)(o / AMBER_PANEL) * AMBER_PANEL * (size_t)w->k_pad;
+        for (int k = 0; k < w->k_pad; k += 4) {
+            const uint8_t *from = panel + (size_t)k * AMBER_PANEL + (size_t)(o % AMBER_PANEL * 4);
+            uint8_t *at = to + frag_b_offset(o, k, w->k_pad);
+            for (int i = 0; i < 4; i++) at[i] = (uint8_t)(from[i] - 128);
+        }
+    }
+}
+
+static amber_status put_linear(struct upload *u, struct linear *w) {
+    if (w->n_out == 0) return AMBER_OK;
+    const int64_t bytes = (int64_t)frag_b_bytes(w->w8.n_out, w->w8.k_pad);
+    const int64_t outputs = 4 * (int64_t)w->n_out;
+    struct cuda_linear *d = NULL, unused;
+    if (u->counting) {
+        if (bytes > u->largest) u->largest = bytes;
+        d = &unused;
+    } else {
+        d = model_keep(u->model, sizeof *d);
+        if (!d) return amber_fail(u->err, AMBER_ERR_MEMORY, "%s: no memory", u->model->file->label);
+        to_fragments(&w->w8, u->fragments);
+        w->cuda = d;
+    }
+    amber_status status = put(u, u->counting ? (const void *)w->w8.q : u->fragments, bytes, &d->b);
+    if (status == AMBER_OK) status = put(u, w->w8.scale, outputs, &d->scale);
+    if (status == AMBER_OK) status = put(u, w->w8.bias, outputs, &d->bias);
+    if (status == AMBER_OK) status = put(u, w->pruned_w8.sum, outputs, &d->sum);
+    if (status == AMBER_OK) status = put(u, w->score, 4 * (int64_t)w->n_in, &d->score);
+    if (status != AMBER_OK || u->counting) return status;
+    char why[160];
+    if (!u->cuda->api->finish(u->cuda->device, why, sizeof why)) /* fragments are used again */
+        return amber_fail(u->err, AMBER_ERR_DEVICE, "cuda:%d: %s", u->cuda->index, why);
+    if (u->progress && u->progress(u->user, AMBER_PHASE_LOAD, u->done, u->total))
+        return amber_fail(u->err, AMBER_ERR_CANCELLED, "%s: cancelled", u->model->file->label);
+    return AMBER_OK;
+}
+
+static amber_status put_layer(struct upload *u, struct layer *l) {
+    const struct shape *s = &u->model->shape;
+    struct norm *norms[] = {&l->attn_norm,     &l->post_attn_norm, &l->ffn_norm,
+                            &l->post_ffn_norm, &l->q_norm,         &l->k_norm};
+    struct linear *linears[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+    amber_status status = AMBER_OK;
+    for (int i = 0; i < 6 && status == AMBER_OK; i++) {
+        const int heads = i == 4 ? s->n_head : i == 5 ? s->n_head_kv : 1;
+        if (norms[i]->weight) status = put_norm(u, norms[i], heads * s->head_dim / norms[i]->n);
+    }
+    for (int i = 0; i < 7 && status == AMBER_OK; i++) status = put_linear(u, linears[i]);
+    return status;
+}
+
+static amber_status put_model(struct upload *u) {
+    amber_status status = AMBER_OK;
+    for (int il = 0; il < u->model->shape.n_layer && status == AMBER_OK; il++)
+        status = put_layer(u, &u->model->layers[il]);
+    if (status == AMBER_OK) status = put_norm(u, &u->model->output_norm, 1);
+    return status == AMBER_OK ? put_linear(u, &u->model->output) : status;
+}
+
+/* What the kernels do not know, by name. */
+static const char *unsupported(const struct model *m) {
+    if (m->float_weights) return "precision float";
+    if (m->shape.head_dim > AMBER_HEAD_MAX || m->shape.head_dim % 8) return "heads of this width";
+    for (int il = 0; il < m->shape.n_layer; il++)
+        if (m->shape.mixture[il]) return "mixtures of experts";
+    if (!m->plan.any) return NULL;
+    for (int i = 0; i < m->shape.n_layer * N_PROJ; i++) {
+        const struct rule *rule = &m->plan.rules[i];
+        if (!rule_is_sparse(rule)) continue;
+        if (rule->criterion == CRITERION_CLACT) return "the criterion clact";
+        if (rule->shift > SHIFT_MEDIAN) return "shifts that the file carries (spts, lpts)";
+        if (rule->ls) return "learned scales (ls)";
+        if (rule->rank) return "low-rank factors (rsparse)";
+    }
+    return NULL;
+}
+
+amber_status cuda_upload(struct cuda *cuda, struct model *model, amber_progress_fn progress,
+                         void *user, amber_error *err) {
+    const char *what = unsupported(model);
+    if (what)
+        return amber_fail(err, AMBER_ERR_UNSUPPORTED,
+                          "%s on cuda:%d: %s run on the CPU only (use device cpu)",
+                          model->file->label, cuda->index, what);
+    struct upload u = {cuda, model, NULL, 0, 0, 0, true, progress, user, err};
+    amber_status status = put_model(&u);
+    if (u.total > cuda->info.free_bytes) return no_room(&u);
+    u.counting = false;
+    u.fragments = amber_alloc((size_t)u.largest);
+    if (!u.fragments) return amber_fail(err, AMBER_ERR_MEMORY, "%s: no memory", model->file->label);
+    if (status == AMBER_OK) status = put_model(&u);
+    char why[160];
+    if (!cuda->api->finish(cuda->device, why, sizeof why) && status == AMBER_OK)
+        status = amber_fail(err, AMBER_ERR_DEVICE, "cuda:%d: %s", cuda->index, why);
+    amber_free(u.fragments);
+    cuda->weight_bytes = u.total;
+    return status;
+}

@@ -1,0 +1,441 @@
+/* cuda_ops.c: the steps of the forward pass on a GPU. Buffers of the batch are its memory; steps are
+ * queued, and the last one waits for them. What a step computes stands in ops*.c and kernels/. */
+#include "cuda.h"
+#include "cuda/layout.h"
+#include "ops.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* Rows from which on 2:4 forms are stored packed; the masked product gives the same integers. */
+enum { MIN_PACKED = 32 };
+/* Rows whose logits are computed at a time: a tile of fragments. */
+enum { HEAD_ROWS = FRAG_ROWS };
+
+struct cuda_input {
+    const struct linear *of; /* whose rule pruned it; NULL: dense */
+    int form, k_pad;
+    uint8_t *a, *e;
+    float *scale, *shifted;
+};
+
+struct cuda_batch {
+    struct cuda *cuda;
+    struct cuda_input in[MAX_INPUTS];
+    int n_inputs;
+    /* What a step starts from, copied at once: positions, angles, embeddings. */
+    uint8_t *step, *step_host;
+    int32_t *pos;                /* of the batch's first row */
+    float *q;                    /* start of the q buffer: a batch that narrows moves it */
+    float *logits, *logits_host; /* [HEAD_ROWS, n_vocab] */
+    float *pending;              /* where the last row's logits go at the end of the step */
+    /* A decode step is run once, recorded the second time, and replayed from then on. */
+    int decoded;
+    bool recording;
+    struct amber_cuda_graph *graph;
+    void **blocks;
+    int n_blocks;
+};
+
+/* ---- memory ---- */
+
+#define MAX_BLOCKS (16 + 4 * MAX_INPUTS)
+
+typedef bool (*buffer_fn)(void *user, void **at, int64_t bytes, int fill, bool is_kv);
+
+static int64_t step_bytes(const struct shape *s, int64_t rows) {
+    return rows * (4 + 4 * (int64_t)s->n_embd + 4 * 4 * (int64_t)(s->n_rot / 2));
+}
+
+static bool each_buffer(const struct model *m, struct batch *b, struct cuda_batch *c,
+                        buffer_fn each, void *user) {
+    const struct shape *s = &m->shape;
+    const int64_t f32 = sizeof(float), rows = b->n_batch;
+    const int64_t q = (int64_t)s->n_head * s->head_dim, kv = (int64_t)s->n_head_kv * s->head_dim;
+    const int wide = amber_max(amber_max(s->n_embd, s->n_ff), (int)q);
+    const int k_pad = (int)amber_round_up(wide, FRAG_BLOCK);
+    int64_t a = 0, e = 0, positions = 0;
+    for (int form = 0; form < N_FORMS; form++) {
+        const int64_t a_bytes = (int64_t)frag_a_bytes(form, (int)rows, k_pad);
+        const int64_t e_bytes = (int64_t)frag_meta_bytes(form, (int)rows, k_pad);
+        a = a > a_bytes ? a : a_bytes;
+        e = e > e_bytes ? e : e_bytes;
+    }
+    for (int i = 0; i < plan_inputs(&m->plan); i++) {
+        struct cuda_input *in = &c->in[i];
+        if (!each(user, (void **)&in->a, a, 0, false) ||
+            !each(user, (void **)&in->e, e, FRAG_EMPTY_META & 0xff, false) ||
+            !each(user, (void **)&in->scale, f32 * rows, 0, false) ||
+            !each(user, (void **)&in->shifted, f32 * rows, 0, false))
+            return false;
+    }
+    b->kv_position_bytes = kv * 2;
+    for (int il = 0; il < s->n_layer; il++) positions += 2 * layer_positions(b, s, il);
+    return each(user, (void **)&b->kv, positions * b->kv_position_bytes, 0, true) &&
+           each(user, (void **)&c->step, step_bytes(s, rows), 0, false) &&
+           each(user, (void **)&c->logits, f32 * HEAD_ROWS * s->n_vocab, 0, false) &&
+           each(user, (void **)&c->q, f32 * rows * q, 0, false) &&
+           each(user, (void **)&b->attn, f32 * rows * q, 0, false) &&
+           each(user, (void **)&b->k, f32 * rows * kv, 0, false) &&
+           each(user, (void **)&b->v, f32 * rows * kv, 0, false) &&
+           each(user, (void **)&b->gate, s->arch->no_gate ? 0 : f32 * rows * s->n_ff, 0, false) &&
+           each(user, (void **)&b->up, f32 * rows * s->n_ff, 0, false) &&
+           each(user, (void **)&b->y, f32 * rows * s->n_embd, 0, false);
+}
+
+struct count {
+    int64_t kv, scratch;
+};
+
+static bool count_buffer(void *user, void **at, int64_t bytes, int fill, bool is_kv) {
+    (void)at, (void)fill;
+    struct count *count = user;
+    *(is_kv ? &count->kv : &count->scratch) += bytes;
+    return true;
+}
+
+static bool make_buffer(void *user, void **at, int64_t bytes, int fill, bool is_kv) {
+    (void)is_kv;
+    struct cuda_batch *c = user;
+    if (bytes == 0) return true;
+    *at = c->cuda->api->alloc(c->cuda->device, bytes, fill);
+    if (*at) c->blocks[c->n_blocks++] = *at;
+    return *at != NULL;
+}
+
+void cuda_batch_bytes(const struct model *model, struct batch *b, int64_t *kv, int64_t *scratch) {
+    struct cuda_batch c = {0};
+    struct count count = {0, 0};
+    each_buffer(model, b, &c, count_buffer, &count);
+    *kv = count.kv;
+    *scratch = count.scratch;
+}
+
+amber_status cuda_batch_new(struct cuda *cuda, struct batch *b, amber_error *err) {
+    const struct amber_cuda_api *api = cuda->api;
+    const struct shape *s = &b->model->shape;
+    struct cuda_batch *c = calloc(1, sizeof *c);
+    void **blocks = calloc(MAX_BLOCKS, sizeof *blocks);
+    if (!c || !blocks) {
+        free(c);
+        free(blocks);
+        return amber_fail(err, AMBER_ERR_MEMORY, "session: no memory");
+    }
+    c->cuda = cuda;
+    c->blocks = blocks;
+    b->cuda = c;
+    c->step_host = api->host_alloc(cuda->device, step_bytes(s, b->n_batch));
+    c->logits_host = api->host_alloc(cuda->device, 4 * (int64_t)HEAD_ROWS * s->n_vocab);
+    int64_t kv, scratch;
+    char why[160];
+    struct amber_cuda_info now = {.free_bytes = 0};
+    cuda_batch_bytes(b->model, b, &kv, &scratch);
+    /* What other sessions hold is no longer free; an estimate that does not fit is not begun. */
+    const bool known = api->describe(cuda->index, &now, why, sizeof why);
+    if ((known && kv + scratch > now.free_bytes) || !c->step_host || !c->logits_host ||
+        !each_buffer(b->model, b, c, make_buffer, c))
+        return amber_fail(err, AMBER_ERR_MEMORY,
+                          "session on cuda:%d: a context of %d tokens needs %.1f MB, %.1f MB are "
+                          "free (use a smaller context)",
+                          cuda->index, b->n_ctx, (double)(kv + scratch) / 1e6,
+                          (double)now.free_bytes / 1e6);
+    return AMBER_OK;
+}
+
+void cuda_batch_free(struct batch *b) {
+    struct cuda_batch *c = b->cuda;
+    if (!c) return;
+    const struct amber_cuda_api *api = c->cuda->api;
+    char why[160];
+    api->finish(c->cuda->device, why, sizeof why);
+    api->forget(c->cuda->device, c->graph);
+    for (int i = 0; i < c->n_blocks; i++) api->free(c->cuda->device, c->blocks[i]);
+    api->host_free(c->cuda->device, c->step_host);
+    api->host_free(c->cuda->device, c->logits_host);
+    free(c->blocks);
+    free(c);
+    b->cuda = NULL;
+}
+
+/* ---- begin and end ---- */
+
+static amber_status end_step(struct batch *b) {
+    struct cuda_batch *c = b->cuda;
+    const struct amber_cuda_api *api = c->cuda->api;
+    if (c->recording) {
+        c->recording = false;
+        c->graph = api->recorded(c->cuda->device);
+        if (c->graph) api->replay(c->cuda->device, c->graph);
+    }
+    if (!api->finish(c->cuda->device, b->why, sizeof b->why)) return AMBER_ERR_DEVICE;
+    if (c->pending) memcpy(c->pending, c->logits_host, 4 * (size_t)b->model->shape.n_vocab);
+    c->pending = NULL;
+    return AMBER_OK;
+}
+
+static bool begin_step(struct batch *b, const int32_t *tokens, float *logits,
+                       amber_status *status) {
+    struct cuda_batch *c = b->cuda;
+    const struct amber_cuda_api *api = c->cuda->api;
+    const struct shape *s = &b->model->shape;
+    const int64_t rows = b->rows, half = s->n_rot / 2;
+    const bool decode = rows == 1 && !b->sparse && logits;
+    *status = AMBER_OK;
+    /* After a cancelled step the copy of its beginning may still be under way. */
+    if (!api->finish(c->cuda->device, b->why, sizeof b->why)) {
+        *status = AMBER_ERR_DEVICE;
+        return false;
+    }
+    c->pending = NULL;
+    uint8_t *host = c->step_host, *at = c->step;
+    for (int r = 0; r < b->rows; r++) ((int32_t *)(void *)host)[r] = b->pos0 + r;
+    c->pos = (int32_t *)(void *)at;
+    host += 4 * rows, at += 4 * rows;
+    for (int t = 0; t < 2 && b->rope_freq[t]; t++) {
+        float *angles = (float *)(void *)host;
+        rope_angles(b, t, angles, angles + rows * half);
+        b->cos[t] = (float *)(void *)at;
+        b->sin[t] = b->cos[t] + rows * half;
+        host += 8 * rows * half, at += 8 * rows * half;
+    }
+    b->x = (float *)(void *)at;
+    b->q = c->q;
+    for (int r = 0; r < b->rows; r++)
+        model_embed(b->model, tokens[r], (float *)(void *)host + (int64_t)r * s->n_embd);
+    host += 4 * rows * s->n_embd;
+
+    if (decode && c->graph) {
+        api->replay(c->cuda->device, c->graph);
+        c->pending = logits;
+        *status = end_step(b);
+        return false;
+    }
+    if (decode && c->decoded++ > 0) {
+        c->recording = true;
+        api->record(c->cuda->device);
+    }
+    api->upload(c->cuda->device, c->step, c->step_host, host - c->step_host);
+    return true;
+}
+
+static void keep_rows(struct batch *b, int first) {
+    const struct shape *s = &b->model->shape;
+    b->q += (int64_t)first * s->n_head * s->head_dim;
+    b->x += (int64_t)first * s->n_embd;
+    b->cuda->pos += first;
+    b->pos0 += first;
+    b->rows -= first;
+}
+
+/* ---- inputs ---- */
+
+static const struct cuda_input *input_for(const struct batch *b, const struct linear *w) {
+    const struct linear *of = pruned_for(b, w);
+    int i = 0;
+    while (!same_input(b->cuda->in[i].of, of)) i++;
+    return &b->cuda->in[i];
+}
+
+/* One input per rule among the n layers, all from the same source. */
+static void make_inputs(struct batch *b, struct input_args g, const struct linear *const w[],
+                        int n) {
+    struct cuda_batch *c = b->cuda;
+    c->n_inputs = 0;
+    for (int i = 0; i < n; i++) {
+        if (w[i]->n_out == 0) continue;
+        const struct linear *of = pruned_for(b, w[i]);
+        int j = 0;
+        while (j < c->n_inputs && !same_input(c->in[j].of, of)) j++;
+        if (j < c->n_inputs) continue;
+        struct cuda_input *in = &c->in[c->n_inputs++];
+        in->of = of;
+        in->form = FORM_DENSE;
+        in->k_pad = g.k_pad = (int)amber_round_up(w[i]->n_in, FRAG_BLOCK);
+        g.rows = b->rows;
+        g.n = w[i]->n_in;
+        g.odd = b->pos0 % 2;
+        g.pruned_from = amber_min(first_pruned(b), b->rows);
+        g.pattern = (struct amber_pattern){.kind = AMBER_PATTERN_DENSE};
+        g.f = NULL;
+        g.shift = INPUT_NO_SHIFT;
+        g.var = false;
+        if (of) {
+            g.pattern = of->rule->pattern;
+            g.f = of->cuda->score;
+            g.var = of->rule->var;
+            if (of->rule->shift == SHIFT_MEAN) g.shift = INPUT_MEAN;
+            if (of->rule->shift == SHIFT_MEDIAN) g.shift = INPUT_MEDIAN;
+            if (g.pruned_from == 0 && b->rows >= MIN_PACKED) in->form = frag_form_of(&g.pattern);
+        }
+        g.form = in->form;
+        g.a = in->a;
+        g.e = in->e;
+        g.scale = in->scale;
+        g.shifted = g.shift ? in->shifted : NULL;
+        c->cuda->api->input(c->cuda->device, &g);
+    }
+}
+
+static void norm_input(struct batch *b, const struct norm *norm, const struct linear *const w[],
+                       int n) {
+    struct input_args g = {.source = INPUT_COPY, .x = b->x, .eps = b->model->shape.norm_eps};
+    if (norm->weight) {
+        g.source = b->model->shape.arch->layer_norm ? INPUT_LAYERNORM : INPUT_RMSNORM;
+        g.weight = norm->device_weight;
+        g.bias = norm->device_bias;
+    }
+    make_inputs(b, g, w, n);
+}
+
+static void copy_input(struct batch *b, const float *src, const struct linear *const w[], int n) {
+    make_inputs(b, (struct input_args){.source = INPUT_COPY, .x = src}, w, n);
+}
+
+static void activation_input(struct batch *b, const struct linear *w) {
+    const struct arch *arch = b->model->shape.arch;
+    make_inputs(b,
+                (struct input_args){.source = arch->gelu ? INPUT_GELU : INPUT_SILU,
+                                    .x = arch->no_gate ? b->up : b->gate,
+                                    .up = arch->no_gate ? NULL : b->up},
+                &w, 1);
+}
+
+/* ---- products ---- */
+
+/* Rows first .. first + rows - 1 of the input; first is a multiple of FRAG_ROWS. */
+static void multiply(struct batch *b, const struct linear *w, int first, int rows, float *y,
+                     bool add) {
+    const struct cuda_input *in = input_for(b, w);
+    const struct cuda *cuda = b->cuda->cuda;
+    const bool shifted = in->of && rule_shift_is_dynamic(in->of->rule);
+    cuda->api->gemm(cuda->device,
+                    &(struct gemm_args){.form = in->form,
+                                        .a = in->a + frag_a_bytes(in->form, first, in->k_pad),
+                                        .e = in->e + frag_meta_bytes(in->form, first, in->k_pad),
+                                        .b = w->cuda->b,
+                                        .a_scale = in->scale + first,
+                                        .shift = shifted ? in->shifted + first : NULL,
+                                        .w_scale = w->cuda->scale,
+                                        .w_sum = w->cuda->sum,
+                                        .bias = w->cuda->bias,
+                                        .y = y,
+                                        .ldy = w->n_out,
+                                        .rows = rows,
+                                        .n_out = w->n_out,
+                                        .k_pad = in->k_pad,
+                                        .add = add});
+}
+
+static void linear(struct batch *b, const struct linear *const w[], float *const y[], int n) {
+    for (int i = 0; i < n; i++)
+        if (w[i]->n_out) multiply(b, w[i], 0, b->rows, y[i], false);
+}
+
+static void norm_rows(struct batch *b, const struct norm *norm, const float *x, float *y, int width,
+                      bool add) {
+    if (!norm->weight) return;
+    const struct cuda *cuda = b->cuda->cuda;
+    cuda->api->norm(cuda->device,
+                    &(struct norm_args){.x = x,
+                                        .y = y,
+                                        .weight = norm->device_weight,
+                                        .bias = norm->device_bias,
+                                        .ld = width,
+                                        .rows = b->rows,
+                                        .parts = width / norm->n,
+                                        .n = norm->n,
+                                        .step = norm->step,
+                                        .eps = b->model->shape.norm_eps,
+                                        .layer_norm = b->model->shape.arch->layer_norm,
+                                        .add = add});
+}
+
+static void linear_residual(struct batch *b, const struct linear *w, const struct norm *post) {
+    const bool add = !post->weight;
+    multiply(b, w, 0, b->rows, add ? b->x : b->y, add);
+    norm_rows(b, post, b->y, b->x, b->model->shape.n_embd, true);
+}
+
+static void head(struct batch *b, float *logits) {
+    struct cuda_batch *c = b->cuda;
+    const struct amber_cuda_api *api = c->cuda->api;
+    const int64_t n_vocab = b->model->shape.n_vocab;
+    const struct linear *w[] = {&b->model->output};
+    const float cap = b->model->shape.final_softcap;
+    norm_input(b, &b->model->output_norm, w, 1);
+    for (int first = 0; first < b->rows; first += HEAD_ROWS) {
+        const int rows = amber_min(b->rows - first, HEAD_ROWS);
+        multiply(b, w[0], first, rows, c->logits, false);
+        if (cap > 0)
+            api->softcap(c->cuda->device,
+                         &(struct softcap_args){.x = c->logits, .n = rows * n_vocab, .cap = cap});
+        api->download(c->cuda->device, c->logits_host, c->logits, 4 * rows * n_vocab);
+        if (b->rows == 1) { /* may be recorded: the end of the step waits */
+            c->pending = logits;
+            return;
+        }
+        if (!api->finish(c->cuda->device, b->why, sizeof b->why)) return;
+        memcpy(logits + first * n_vocab, c->logits_host, 4 * (size_t)(rows * n_vocab));
+    }
+}
+
+/* ---- attention ---- */
+
+static void rope_and_store(struct batch *b, int il) {
+    const struct shape *s = &b->model->shape;
+    const struct layer *l = &b->model->layers[il];
+    const struct cuda *cuda = b->cuda->cuda;
+    const int table = s->windowed[il] && b->rope_freq[1];
+    const bool rope = layer_has_rope(s, il);
+    norm_rows(b, &l->q_norm, b->q, b->q, s->n_head * s->head_dim, false);
+    norm_rows(b, &l->k_norm, b->k, b->k, s->n_head_kv * s->head_dim, false);
+    cuda->api->rope(cuda->device,
+                    &(struct rope_args){.q = b->q,
+                                        .k = b->k,
+                                        .v = b->v,
+                                        .cos = rope ? b->cos[table] : NULL,
+                                        .sin = rope ? b->sin[table] : NULL,
+                                        .keys = (uint16_t *)(void *)kv_layer(b, il, false),
+                                        .values = (uint16_t *)(void *)kv_layer(b, il, true),
+                                        .pos0 = b->cuda->pos,
+                                        .rows = b->rows,
+                                        .n_head = s->n_head,
+                                        .n_head_kv = s->n_head_kv,
+                                        .head_dim = s->head_dim,
+                                        .n_rot = s->n_rot,
+                                        .n_ctx = layer_positions(b, s, il),
+                                        .halves = s->arch->rope_halves});
+}
+
+static void attention(struct batch *b, int il) {
+    const struct shape *s = &b->model->shape;
+    const struct cuda *cuda = b->cuda->cuda;
+    cuda->api->attention(
+        cuda->device,
+        &(struct attention_args){.q = b->q,
+                                 .out = b->attn,
+                                 .k = (const uint16_t *)(const void *)kv_layer(b, il, false),
+                                 .v = (const uint16_t *)(const void *)kv_layer(b, il, true),
+                                 .pos0 = b->cuda->pos,
+                                 .rows = b->rows,
+                                 .n_head = s->n_head,
+                                 .n_head_kv = s->n_head_kv,
+                                 .head_dim = s->head_dim,
+                                 .n_ctx = layer_positions(b, s, il),
+                                 .window = layer_window(s, il),
+                                 .scale = s->attn_scale,
+                                 .softcap = s->attn_softcap});
+}
+
+/* Mixtures of experts are refused when a model is opened, so their steps are not here. */
+const struct ops cuda_ops = {.begin = begin_step,
+                             .end = end_step,
+                             .norm = norm_input,
+                             .prepare = copy_input,
+                             .activate = activation_input,
+                             .linear = linear,
+                             .linear_residual = linear_residual,
+                             .rope_and_store = rope_and_store,
+                             .attention = attention,
+                             .keep_rows = keep_rows,
+                             .head = head};
