@@ -131,10 +131,11 @@ void cuda_close(struct cuda *cuda) {
 struct upload {
     struct cuda *cuda;
     struct model *model;
+    struct amber_pool *pool;
     uint8_t *fragments; /* of one matrix, on the way */
     int64_t largest;    /* bytes of it */
     int64_t done, total;
-    bool counting; /* only total and largest */
+    enum { COUNT, COPY, FORGET } pass; /* COUNT: only total and largest; FORGET: host's matrices */
     amber_progress_fn progress;
     void *user;
     amber_error *err;
@@ -150,10 +151,8 @@ static amber_status no_room(const struct upload *u) {
 
 static amber_status put(struct upload *u, const void *from, int64_t bytes, void *out) {
     void *p = NULL;
-    if (u->counting) {
-        u->total += from ? bytes : 0;
-        return AMBER_OK;
-    }
+    if (u->pass == COUNT) u->total += from ? bytes : 0;
+    if (u->pass != COPY) return AMBER_OK;
     if (from) {
         p = u->cuda->api->alloc(u->cuda->device, bytes, 0);
         if (!p) return no_room(u);
@@ -170,15 +169,23 @@ static amber_status put_norm(struct upload *u, struct norm *norm, int parts) {
     return status == AMBER_OK ? put(u, norm->bias, 4 * (int64_t)n, &norm->device_bias) : status;
 }
 
+struct fragments_job {
+    const struct amber_w8 *w;
+    uint8_t *to;
+};
+
 /* The panels of kernels.h as fragments: without their offset of 128. */
-static void to_fragments(const struct amber_w8 *w, uint8_t *to) {
-    memset(to, 0, frag_b_bytes(w->n_out, w->k_pad));
-    for (int o = 0; o < w->n_out; o++) {
+static void fragments_work(void *ctx, int ith, int nth) {
+    const struct fragments_job *job = ctx;
+    const struct amber_w8 *w = job->w;
+    int begin, end;
+    amber_split((int)amber_round_up(w->n_out, FRAG_COLS), FRAG_COLS, ith, nth, &begin, &end);
+    for (int o = begin; o < end; o++) {
         const uint8_t *panel = w->q + (size_t)(o / AMBER_PANEL) * AMBER_PANEL * (size_t)w->k_pad;
         for (int k = 0; k < w->k_pad; k += 4) {
             const uint8_t *from = panel + (size_t)k * AMBER_PANEL + (size_t)(o % AMBER_PANEL * 4);
-            uint8_t *at = to + frag_b_offset(o, k, w->k_pad);
-            for (int i = 0; i < 4; i++) at[i] = (uint8_t)(from[i] - 128);
+            uint8_t *at = job->to + frag_b_offset(o, k, w->k_pad);
+            for (int i = 0; i < 4; i++) at[i] = o < w->n_out ? (uint8_t)(from[i] - 128) : 0;
         }
     }
 }
@@ -188,21 +195,26 @@ static amber_status put_linear(struct upload *u, struct linear *w) {
     const int64_t bytes = (int64_t)frag_b_bytes(w->w8.n_out, w->w8.k_pad);
     const int64_t outputs = 4 * (int64_t)w->n_out;
     struct cuda_linear *d = NULL, unused;
-    if (u->counting) {
+    if (u->pass == FORGET) {
+        w->w8.q = w->pruned_w8.q = NULL;
+        w->w8.scale = w->pruned_w8.scale = NULL;
+        return AMBER_OK;
+    }
+    if (u->pass == COUNT) {
         if (bytes > u->largest) u->largest = bytes;
         d = &unused;
     } else {
         d = model_keep(u->model, sizeof *d);
         if (!d) return amber_fail(u->err, AMBER_ERR_MEMORY, "%s: no memory", u->model->file->label);
-        to_fragments(&w->w8, u->fragments);
+        amber_pool_run(u->pool, fragments_work, &(struct fragments_job){&w->w8, u->fragments});
         w->cuda = d;
     }
-    amber_status status = put(u, u->counting ? (const void *)w->w8.q : u->fragments, bytes, &d->b);
+    amber_status status = put(u, u->pass == COUNT ? w->w8.q : u->fragments, bytes, &d->b);
     if (status == AMBER_OK) status = put(u, w->w8.scale, outputs, &d->scale);
     if (status == AMBER_OK) status = put(u, w->w8.bias, outputs, &d->bias);
     if (status == AMBER_OK) status = put(u, w->pruned_w8.sum, outputs, &d->sum);
     if (status == AMBER_OK) status = put(u, w->score, 4 * (int64_t)w->n_in, &d->score);
-    if (status != AMBER_OK || u->counting) return status;
+    if (status != AMBER_OK || u->pass == COUNT) return status;
     char why[160];
     if (!u->cuda->api->finish(u->cuda->device, why, sizeof why)) /* fragments are used again */
         return amber_fail(u->err, AMBER_ERR_DEVICE, "cuda:%d: %s", u->cuda->index, why);
@@ -251,17 +263,17 @@ static const char *unsupported(const struct model *m) {
     return NULL;
 }
 
-amber_status cuda_upload(struct cuda *cuda, struct model *model, amber_progress_fn progress,
-                         void *user, amber_error *err) {
+amber_status cuda_upload(struct cuda *cuda, struct model *model, struct amber_pool *pool,
+                         amber_progress_fn progress, void *user, amber_error *err) {
     const char *what = unsupported(model);
     if (what)
         return amber_fail(err, AMBER_ERR_UNSUPPORTED,
                           "%s on cuda:%d: %s run on the CPU only (use device cpu)",
                           model->file->label, cuda->index, what);
-    struct upload u = {cuda, model, NULL, 0, 0, 0, true, progress, user, err};
+    struct upload u = {cuda, model, pool, NULL, 0, 0, 0, COUNT, progress, user, err};
     amber_status status = put_model(&u);
     if (u.total > cuda->info.free_bytes) return no_room(&u);
-    u.counting = false;
+    u.pass = COPY;
     u.fragments = amber_alloc((size_t)u.largest);
     if (!u.fragments) return amber_fail(err, AMBER_ERR_MEMORY, "%s: no memory", model->file->label);
     if (status == AMBER_OK) status = put_model(&u);
@@ -269,6 +281,10 @@ amber_status cuda_upload(struct cuda *cuda, struct model *model, amber_progress_
     if (!cuda->api->finish(cuda->device, why, sizeof why) && status == AMBER_OK)
         status = amber_fail(err, AMBER_ERR_DEVICE, "cuda:%d: %s", cuda->index, why);
     amber_free(u.fragments);
+    if (status != AMBER_OK) return status;
+    u.pass = FORGET;
+    put_model(&u);
+    model_drop_matrices(model);
     cuda->weight_bytes = u.total;
-    return status;
+    return AMBER_OK;
 }

@@ -29,10 +29,11 @@ int cuda_list(char *buf, size_t cap);
 amber_status cuda_open(const char *name, struct cuda **out, amber_error *err);
 void cuda_close(struct cuda *cuda); /* and all that was allocated from it; NULL is allowed */
 
-/* Copies the model's weights to the GPU. AMBER_ERR_UNSUPPORTED for what only the CPU can do,
- * AMBER_ERR_MEMORY with what is needed and what is free. */
-amber_status cuda_upload(struct cuda *cuda, struct model *model, amber_progress_fn progress,
-                         void *user, amber_error *err);
+/* Copies the model's weights to the GPU; the host's copy of the matrices is freed. AMBER_ERR_UNSUPPORTED
+ * for what only the CPU can do, AMBER_ERR_MEMORY with what is needed and what is free; the model then
+ * still runs on the CPU. */
+amber_status cuda_upload(struct cuda *cuda, struct model *model, struct amber_pool *pool,
+                         amber_progress_fn progress, void *user, amber_error *err);
 
 /* Bytes of a session's cache and buffers there. */
 void cuda_batch_bytes(const struct model *model, struct batch *b, int64_t *kv, int64_t *scratch);

@@ -123,8 +123,8 @@ static amber_status fill_device(struct amber_engine *engine, const amber_engine_
                                 amber_error *err) {
     if (!engine->cuda) return AMBER_OK;
     amber_error why;
-    amber_status status =
-        cuda_upload(engine->cuda, &engine->model, o->progress, o->progress_user, &why);
+    amber_status status = cuda_upload(engine->cuda, &engine->model, engine->pool, o->progress,
+                                      o->progress_user, &why);
     if (status == AMBER_OK) return AMBER_OK;
     if (strcmp(o->device, "auto") != 0 || status == AMBER_ERR_CANCELLED)
         return amber_fail(err, status, "%s", why.msg);
@@ -160,7 +160,8 @@ amber_status amber_engine_open(const char *path, const amber_engine_options *opt
     snprintf(text, sizeof text, "%s: %s, %d layers, %s, kernels %s, %d threads, %.1f MB of weights",
              engine->model.file->label, engine->model.shape.arch->name, engine->model.shape.n_layer,
              device, engine->kernels.isa, amber_pool_threads(engine->pool),
-             (double)engine->model.weight_bytes / 1e6);
+             (double)(engine->cuda ? engine->cuda->weight_bytes : engine->model.weight_bytes) /
+                 1e6);
     log_line(engine, 2, text);
     *out = engine;
     return AMBER_OK;

@@ -112,19 +112,36 @@ static amber_status find_weight(const struct gguf_file *file, const char *name, 
 
 /* ---- memory ---- */
 
-void *model_keep(struct model *m, size_t bytes) {
+static void *keep(struct model *m, size_t bytes, bool matrix) {
     if (m->n_blocks == m->cap_blocks) {
         int cap = m->cap_blocks ? 2 * m->cap_blocks : 64;
-        void **blocks = realloc(m->blocks, sizeof *blocks * (size_t)cap);
+        struct model_block *blocks = realloc(m->blocks, sizeof *blocks * (size_t)cap);
         if (!blocks) return NULL;
         m->blocks = blocks;
         m->cap_blocks = cap;
     }
     void *p = amber_alloc(bytes);
     if (!p) return NULL;
-    m->blocks[m->n_blocks++] = p;
+    m->blocks[m->n_blocks++] = (struct model_block){p, bytes, matrix};
     m->weight_bytes += (int64_t)bytes;
     return p;
+}
+
+void *model_keep(struct model *m, size_t bytes) {
+    return keep(m, bytes, false);
+}
+
+void model_drop_matrices(struct model *m) {
+    int left = 0;
+    for (int i = 0; i < m->n_blocks; i++) {
+        if (!m->blocks[i].matrix) {
+            m->blocks[left++] = m->blocks[i];
+            continue;
+        }
+        m->weight_bytes -= (int64_t)m->blocks[i].bytes;
+        amber_free(m->blocks[i].at);
+    }
+    m->n_blocks = left;
 }
 
 static amber_status no_memory(const struct loader *ld, const char *name, int64_t bytes) {
@@ -182,7 +199,7 @@ static amber_status load_linear(struct loader *ld, const struct gguf_tensor *t, 
     *out = (struct linear){.n_out = n_out, .n_in = n_in};
 
     int64_t bytes = linear_bytes(n_out, n_in, m->float_weights);
-    uint8_t *block = model_keep(m, (size_t)bytes);
+    uint8_t *block = keep(m, (size_t)bytes, !m->float_weights);
     if (!block) return no_memory(ld, name, bytes);
     if (m->float_weights) {
         out->f32 = c.f32 = (float *)block;
@@ -689,7 +706,7 @@ amber_status model_load(struct gguf_file *file, const amber_engine_options *opti
 }
 
 void model_free(struct model *m) {
-    for (int i = 0; i < m->n_blocks; i++) amber_free(m->blocks[i]);
+    for (int i = 0; i < m->n_blocks; i++) amber_free(m->blocks[i].at);
     free(m->blocks);
     for (int il = 0; m->layers && il < m->shape.n_layer; il++) free(m->layers[il].experts.gate);
     free(m->layers);

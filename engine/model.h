@@ -131,8 +131,14 @@ struct model {
     bool packed;        /* an Amber GGUF: w8 and scores point into the mapping */
     bool float_weights;
     int64_t n_params, weight_bytes;
-    void **blocks; /* every allocation of the weights, for free */
+    struct model_block *blocks; /* every allocation of the weights, for free */
     int n_blocks, cap_blocks;
+};
+
+struct model_block {
+    void *at;
+    size_t bytes;
+    bool matrix; /* INT8 of one linear, and its scales */
 };
 
 /* The file's row of the table. */
@@ -149,6 +155,8 @@ amber_status model_load(struct gguf_file *file, const amber_engine_options *opti
 void model_free(struct model *model);
 /* Memory that lives as long as the model; NULL where there is none. */
 void *model_keep(struct model *model, size_t bytes);
+/* Frees the INT8 matrices, for a model whose linears read theirs elsewhere: w8.q and w8.scale are gone. */
+void model_drop_matrices(struct model *model);
 /* What one token costs: multiplications of the layers' projections, and bytes of all matrices that it
  * reads, the head's included. */
 void model_work(const struct model *model, int64_t *multiplications, int64_t *bytes);

@@ -115,7 +115,7 @@ from amber import Engine
 from amber.session import Session
 try:
     with Engine(sys.argv[1] if len(sys.argv) > 1 else json.load(sys.stdin), **OPTIONS) as e:
-        print(e.info.device, e.info.device_bytes)
+        print(e.info.device, e.info.device_bytes, e.info.weight_bytes)
         EXTRA
 except amber.AmberError as error:
     print(type(error).__name__, error)
@@ -132,6 +132,9 @@ except amber.AmberError as error:
     assert "mixtures of experts run on the CPU only" in said(mixture, cuda)
     assert said(mixture, auto).startswith("cpu 0")
     assert said(llama, auto).startswith("cuda:0 emulated ")
+    on_gpu, left = map(int, said(llama, cuda).split()[2:])
+    alone = int(said(llama, "{}").split()[2])
+    assert left < alone < on_gpu + left  # the matrices are not held twice
     assert said(llama, "{}", AMBER_DEVICE="cuda:0").startswith("cuda:0 emulated ")
     assert said(llama, "{}").startswith("cpu 0")
     assert "expected cuda:0..cuda:0" in said(llama, "{'device': 'cuda:1'}")

@@ -62,6 +62,7 @@ class Config:
     precision: str
     isa: str | None
     sparse: str = "auto"
+    device: str | None = None
 
 
 # ---- work and limits ----
@@ -90,10 +91,14 @@ def peaks(threads: int, isa: str) -> tuple[float, float]:
     return ops[0], read[0]
 
 
+def on_gpu(info: dict[str, Any]) -> bool:
+    return info["device"] != "cpu"
+
+
 def share_of_peak(job: Job, info: dict[str, Any], tokens_per_second: float) -> float | None:
     """Share of the limit that a speed reaches; None for float prefill, which INT8 says nothing
-    about."""
-    if job.kind == "pp" and info["precision"] == "float":
+    about, and on a GPU, whose limits are not measured here."""
+    if on_gpu(info) or (job.kind == "pp" and info["precision"] == "float"):
         return None
     ops, read = peaks(info["threads"], info["isa"])
     rate = work(job, info) * tokens_per_second / job.n
@@ -131,6 +136,7 @@ class Worker:
             precision=config.precision,
             isa=config.isa,
             sparse=config.sparse,
+            device=config.device,
         )
         most = max(job.depth + job.n for job in jobs) + 1
         self.tokens = sample_tokens(most, self.engine.info.n_vocab, self.engine.tokenizer.bos)
@@ -270,7 +276,8 @@ def measure(
         for config in configs:
             children.append(Child(config, jobs))
         for child in children:
-            peaks(child.info["threads"], child.info["isa"])
+            if not on_gpu(child.info):
+                peaks(child.info["threads"], child.info["isa"])
         runs: dict[tuple[int, Job], list[dict[str, Any]]] = {
             (index, job): [] for index in range(len(children)) for job in jobs
         }
@@ -291,7 +298,8 @@ def row(child: Child, job: Job, results: Sequence[dict[str, Any]]) -> dict[str, 
     info = child.info
     rates = [job.n / result["seconds"] for result in results[1:]]
     speed = statistics.median(rates)
-    ops, read = peaks(info["threads"], info["isa"])
+    gpu = on_gpu(info)
+    ops, read = (None, None) if gpu else peaks(info["threads"], info["isa"])
     values = {
         "model": child.config.model,
         "test": str(job),
@@ -393,6 +401,11 @@ def parser() -> argparse.ArgumentParser:
         "--isa", metavar="I[,I]", help=f"kernel columns of {', '.join(isa_list())} (the first)"
     )
     top.add_argument(
+        "--device",
+        metavar="D[,D]",
+        help="cpu, cuda, cuda:N, auto ($AMBER_DEVICE or cpu); see amber-run --list-devices",
+    )
+    top.add_argument(
         "--sparse",
         action="append",
         metavar="S",
@@ -457,7 +470,12 @@ def plan(args: argparse.Namespace) -> tuple[list[Config], list[Job]]:
     configs = [
         Config(*values)
         for values in itertools.product(
-            args.models, threads, precisions, isas, args.sparse or ["auto"]
+            args.models,
+            threads,
+            precisions,
+            isas,
+            args.sparse or ["auto"],
+            args.device.split(",") if args.device else [None],
         )
     ]
     return configs, jobs
@@ -474,7 +492,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             os.path.basename(r["model"]),
             f"{r['n_params'] / 1e6:.1f} M",
             r["precision"],
-            r["isa"],
+            r["isa"] if r["device"] == "cpu" else r["device"],
             str(r["threads"]),
             r["sparse"],
             r["test"],
@@ -494,7 +512,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 def peak_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     done: set[tuple[int, str]] = set()
     for r in rows:
-        if (r["threads"], r["isa"]) not in done:
+        if r["device"] == "cpu" and (r["threads"], r["isa"]) not in done:
             done.add((r["threads"], r["isa"]))
             yield (
                 f"peak of {r['threads']} threads, {r['isa']}: {r['peak_int8_ops'] / 1e9:.0f} GOPS "

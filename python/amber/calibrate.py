@@ -213,7 +213,7 @@ class Text:
         own = args.calibrate == "self"
         text = "" if own else read_text(args.calibrate)
         self.origin = "the model's own text" if own else os.path.basename(args.calibrate)
-        with Engine(path, sparse="off", threads=args.threads) as engine:
+        with Engine(path, sparse="off", device="cpu", threads=args.threads) as engine:
             self.info = engine.info
             self.ctx = min(args.ctx, self.info.n_ctx)
             if own:
@@ -246,7 +246,7 @@ class Reference:
 
     def __init__(self, path: str, text: str, ctx: int, chunks: int, threads: int | None) -> None:
         self.path, self.ctx, self.threads = path, ctx, threads
-        with Engine(path, sparse="off", n_ctx=ctx, threads=threads) as engine:
+        with Engine(path, sparse="off", device="cpu", n_ctx=ctx, threads=threads) as engine:
             self.info = engine.info
             most = CACHE_BYTES // (4 * (ctx - ctx // 2) * self.info.n_vocab)
             self.windows = cut(engine.tokenizer, text, ctx, max(1, min(chunks, most)))
@@ -264,7 +264,13 @@ class Reference:
             return 0.0
         total, count = 0.0, 0
         with (
-            Engine(self.path, sparse=compact(plan), n_ctx=self.ctx, threads=self.threads) as engine,
+            Engine(
+                self.path,
+                sparse=compact(plan),
+                device="cpu",
+                n_ctx=self.ctx,
+                threads=self.threads,
+            ) as engine,
             engine.session(n_ctx=self.ctx) as session,
         ):
             for i, (window, dense) in enumerate(zip(self.windows, self.logits, strict=True)):
@@ -516,7 +522,7 @@ class Wish:
 
     def _measure(self, path: str, plan: Plan, text: str, ctx: int, bars: Bars) -> dict[str, Any]:
         """amber-eval's figures of a plan against the dense model."""
-        common = {"n_ctx": ctx, "threads": self.args.threads}
+        common = {"n_ctx": ctx, "threads": self.args.threads, "device": "cpu"}
         with (
             Engine(path, sparse=compact(plan) if plan else "off", **common) as engine,
             Engine(path, sparse="off", **common) as dense,

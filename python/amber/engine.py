@@ -25,7 +25,7 @@ from ._lib import (
 )
 from .chat import Messages, apply_template
 from .chat_families import FAMILIES, recognize
-from .errors import ChatTemplateError, DeviceError
+from .errors import ChatTemplateError
 from .generate import Result, Stream
 from .models import find_model
 from .sampling import SamplingParams
@@ -198,7 +198,8 @@ class Engine:
                 raise ValueError(f"sparse_min_tokens: expected 0 or more, found {given}")
             return min(given, NEVER_SPARSE)
         shares = self._plan_shares()
-        if not (measured and shares and info.precision == lib.AMBER_PRECISION_INT8):
+        on_cpu = text(info.device) == "cpu"  # what it would measure
+        if not (measured and shares and on_cpu and info.precision == lib.AMBER_PRECISION_INT8):
             return 0
         from .crossover import machine_min_tokens  # which times kernels of this library
 

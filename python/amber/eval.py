@@ -205,6 +205,7 @@ def parser() -> argparse.ArgumentParser:
         "float: in float32 without sparsity",
     )
     top.add_argument("-t", "--threads", type=int, help="threads (physical cores)")
+    top.add_argument("--device", metavar="D", help="cpu, cuda, cuda:N, auto ($AMBER_DEVICE or cpu)")
     top.add_argument("--isa", help=f"kernel column of {', '.join(isa_list())} (the first)")
     top.add_argument("--json", action="store_true", help="one JSON object per result")
     top.add_argument("-q", "--quiet", action="store_true", help="no progress")
@@ -275,10 +276,13 @@ def measure(
     bar = _Bar(os.path.basename(model), args.quiet)
     reference = None
     try:
-        with Engine(model, precision=precision, sparse=sparse, **methods, **common) as engine:
+        with Engine(
+            model, precision=precision, sparse=sparse, device=args.device, **methods, **common
+        ) as engine:
             if args.against:
                 which = "float" if args.against == "float" else precision
-                reference = Engine(model, precision=which, sparse="off", **common)
+                place = "cpu" if which == "float" else args.device
+                reference = Engine(model, precision=which, sparse="off", device=place, **common)
             result = evaluate(
                 engine, text, ctx=args.ctx, chunks=args.chunks, against=reference, progress=bar
             )
@@ -294,6 +298,7 @@ def measure(
         "sparse": info.sparse,
         "coverage": info.coverage,
         "against": args.against,
+        "device": info.device,
         "isa": info.isa,
         "threads": info.threads,
         "n_params": info.n_params,

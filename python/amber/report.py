@@ -54,6 +54,9 @@ def info_lines(engine: Engine) -> list[str]:
     info = engine.info
     experts = f", {info.n_expert_used} of {info.n_expert} experts" if info.n_expert else ""
     window = f", sliding window {info.window}" if info.window else ""
+    weights = mib(info.weight_bytes)
+    if info.device_bytes:
+        weights = f"{mib(info.device_bytes)} on the GPU and {weights} beside it"
     return [
         f"path          {info.path}",
         f"name          {info.name or '-'}",
@@ -64,7 +67,7 @@ def info_lines(engine: Engine) -> list[str]:
         f"weights       {info.weight_types} -> {info.precision}",
         f"context       {info.n_ctx} (trained {info.n_ctx_train}{window})",
         f"device        {info.device}, {info.isa}, {info.threads} threads",
-        f"memory        weights {mib(info.weight_bytes)}, KV cache {mib(info.kv_bytes)}, "
+        f"memory        weights {weights}, KV cache {mib(info.kv_bytes)}, "
         f"scratch {mib(info.scratch_bytes)}, file {mib(info.file_bytes)}",
         f"sparse        {sparse_line(info) if info.coverage else 'off'}",
         f"chat template {template_line(engine)}",

@@ -72,7 +72,7 @@ def statistics(
 
     n_ctx = max(map(len, windows))
     with (
-        Engine(path, sparse="off", threads=threads, n_ctx=n_ctx) as engine,
+        Engine(path, sparse="off", device="cpu", threads=threads, n_ctx=n_ctx) as engine,
         engine.session(n_ctx=n_ctx, tap=tap) as session,
     ):
         for i, window in enumerate(windows):
