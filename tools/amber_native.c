@@ -25,6 +25,9 @@ static const char usage[] =
     "  --temp X      temperature (default 0.8; 0 always takes the likeliest token)\n"
     "  -s N          seed (default: random, and told at the end)\n"
     "  --precision int8|float\n"
+    "  --device D    cpu, cuda, cuda:N or auto (default: $AMBER_DEVICE, else cpu)\n"
+    "  --sparse S    prunes activations in prefill: off, auto or a pattern such as 8:16\n"
+    "  --list-devices\n"
     "  --info        tell about the model and stop\n"
     "  -h, --help    this text\n"
     "  --version\n";
@@ -97,6 +100,12 @@ static int read_arguments(int argc, char **argv, struct arguments *a) {
             printf("%s\n", amber_version());
             return -1;
         }
+        if (strcmp(name, "--list-devices") == 0) {
+            char list[4096];
+            amber_device_list(list, sizeof list);
+            fputs(list, stdout);
+            return -1;
+        }
         if (strcmp(name, "--info") == 0) {
             a->info = 1;
             continue;
@@ -127,6 +136,10 @@ static int read_arguments(int argc, char **argv, struct arguments *a) {
             char *end;
             a->sampling.temperature = strtof(value, &end);
             if (end == value || *end) return wrong_use("--temp: not a number", value);
+        } else if (strcmp(name, "--device") == 0) {
+            a->engine.device = value;
+        } else if (strcmp(name, "--sparse") == 0) {
+            a->engine.sparse = value;
         } else if (strcmp(name, "--precision") == 0) {
             if (strcmp(value, "float") == 0)
                 a->engine.precision = AMBER_PRECISION_FLOAT;
@@ -163,11 +176,12 @@ static void tell_info(const amber_engine_info *i) {
         "name           %s\narchitecture   %s\nparameters     %.1f M\nweights        %s\n"
         "layers         %d\nembedding      %d\nheads          %d (%d for keys and values)\n"
         "feed-forward   %d\nvocabulary     %d\ntrained for    %d tokens\nfile           %.1f MB\n"
-        "in memory      %.1f MB, %s\nkernels        %s, %d threads\nload           %.2f s\n",
+        "in memory      %.1f MB, %s\ndevice         %s, %.1f MB there\n"
+        "kernels        %s, %d threads\nload           %.2f s\n",
         i->name, i->architecture, (double)i->n_params / 1e6, i->weight_types, i->n_layer, i->n_embd,
         i->n_head, i->n_head_kv, i->n_ff, i->n_vocab, i->n_ctx_train, (double)i->file_bytes / 1e6,
         (double)i->weight_bytes / 1e6, i->precision == AMBER_PRECISION_INT8 ? "int8" : "float",
-        i->isa, i->threads, i->load_seconds);
+        i->device, (double)i->device_bytes / 1e6, i->isa, i->threads, i->load_seconds);
 }
 
 /* Returns whether the text ended inside a line, or did_before where there was none. */
