@@ -249,8 +249,12 @@ static amber_status put_model(struct upload *u) {
 static const char *unsupported(const struct model *m) {
     if (m->float_weights) return "precision float";
     if (m->shape.head_dim > AMBER_HEAD_MAX || m->shape.head_dim % 8) return "heads of this width";
-    for (int il = 0; il < m->shape.n_layer; il++)
+    if (m->shape.arch->act > ACT_GELU) return "activations other than SiLU and GELU";
+    if (m->shape.arch->rope_first || m->shape.temperature) return "queries of this architecture";
+    for (int il = 0; il < m->shape.n_layer; il++) {
         if (m->shape.mixture[il]) return "mixtures of experts";
+        if (m->layers[il].sinks) return "attention sinks";
+    }
     if (!m->plan.any) return NULL;
     for (int i = 0; i < m->shape.n_layer * N_PROJ; i++) {
         const struct rule *rule = &m->plan.rules[i];

@@ -294,7 +294,7 @@ static void copy_input(struct batch *b, const float *src, const struct linear *c
 static void activation_input(struct batch *b, const struct linear *w) {
     const struct arch *arch = b->model->shape.arch;
     make_inputs(b,
-                (struct input_args){.source = arch->gelu ? INPUT_GELU : INPUT_SILU,
+                (struct input_args){.source = arch->act == ACT_GELU ? INPUT_GELU : INPUT_SILU,
                                     .x = arch->no_gate ? b->up : b->gate,
                                     .up = arch->no_gate ? NULL : b->up},
                 &w, 1);
