@@ -156,6 +156,7 @@ typedef struct amber_memory {
     int64_t kv_bytes;      /* KV cache for the asked context */
     int64_t scratch_bytes; /* activations of one row batch, logits */
     int64_t total_bytes;
+    double coverage; /* as amber_engine_info.coverage, of the options' plan */
 } amber_memory;
 
 typedef struct amber_session_options {
@@ -216,6 +217,11 @@ amber_status amber_engine_open(const char *path, const amber_engine_options *opt
 void amber_engine_close(amber_engine *engine);
 /* info->size must be set by the caller. */
 void amber_engine_get_info(const amber_engine *engine, amber_engine_info *info);
+/* Multiplications of a projection of a layer for one token, those of all its experts in use
+ * included, and in matrix the size of its weights [n_out, n_in], of one expert where there are any; 0
+ * where the layer has none, or there is no such layer or projection. */
+int64_t amber_engine_work(const amber_engine *engine, int32_t layer, int32_t projection,
+                          int32_t matrix[2]);
 /* What opening `path` and a session of n_ctx tokens (0: default) would take. Reads only the header.
  * memory->size must be set by the caller. */
 amber_status amber_memory_estimate(const char *path, const amber_engine_options *options,
@@ -260,6 +266,21 @@ amber_status amber_session_rewind(amber_session *session, int32_t n, amber_error
 const float *amber_session_logits(const amber_session *session);
 int32_t amber_session_length(const amber_session *session);
 const int32_t *amber_session_tokens(const amber_session *session); /* [length] */
+/* Writes the session's tokens, their keys and values and its logits to a file, in place of what it
+ * held (session_file.c describes the format). A failure leaves an older file as it was. */
+amber_status amber_session_save(amber_session *session, const char *path, amber_error *err);
+/* Makes the session hold what was saved; a sync then computes only what a prompt has beyond it.
+ * AMBER_ERR_FORMAT where the file is damaged or no session, AMBER_ERR_ARGUMENT where it comes from
+ * another model, precision or sparsity plan, AMBER_ERR_CONTEXT where it holds more than n_ctx: these
+ * leave the session unchanged. AMBER_ERR_DEVICE where a GPU fails leaves it empty. */
+amber_status amber_session_load(amber_session *session, const char *path, amber_error *err);
+/* What one linear layer makes of rows such as a tap shows: x [rows, n_in] -> y [rows, n_out] float32.
+ * pruned: as prefill does under the engine's plan, for a prompt of these rows; 0: dense. Measures what
+ * pruning costs a projection by itself; the session's tokens stay. AMBER_ERR_ARGUMENT where the layer
+ * has no such matrix (experts are no single one) or another shape, AMBER_ERR_UNSUPPORTED on a GPU. */
+amber_status amber_session_project(amber_session *session, int32_t layer, int32_t projection,
+                                   int32_t rows, int32_t n_in, int32_t n_out, const float *x,
+                                   int32_t pruned, float *y, amber_error *err);
 void amber_session_get_stats(const amber_session *session, amber_session_stats *stats);
 void amber_session_reset_stats(amber_session *session);
 

@@ -1,4 +1,4 @@
-/* common.c: errors, aligned memory and the clock. */
+/* common.c: errors, aligned memory, the clock and a hash. */
 #ifndef _DEFAULT_SOURCE
 #define _DEFAULT_SOURCE 1 /* madvise and MAP_ANONYMOUS under -std=c11 */
 #endif
@@ -108,4 +108,14 @@ double amber_seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+uint64_t amber_hash(uint64_t hash, const void *data, size_t bytes) {
+    const uint8_t *at = data;
+    for (size_t i = 0; i < bytes; i += sizeof(uint64_t)) {
+        uint64_t word = 0;
+        memcpy(&word, at + i, bytes - i < sizeof word ? bytes - i : sizeof word);
+        hash = (hash ^ word) * 0x100000001b3u;
+    }
+    return hash;
 }

@@ -29,6 +29,11 @@ void amber_free(void *p);
 
 double amber_seconds(void); /* monotonic clock */
 
+/* FNV-1a over 8-byte words, the last one filled up with zeros. Goes on from `hash`; the first one is
+ * AMBER_HASH_START. */
+#define AMBER_HASH_START 0xcbf29ce484222325u
+uint64_t amber_hash(uint64_t hash, const void *data, size_t bytes);
+
 static inline int64_t amber_round_up(int64_t x, int64_t multiple) {
     return (x + multiple - 1) / multiple * multiple;
 }

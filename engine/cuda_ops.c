@@ -427,6 +427,18 @@ static void attention(struct batch *b, int il) {
                                  .softcap = s->attn_softcap});
 }
 
+static bool read_cells(struct batch *b, void *host, const uint8_t *cells, size_t bytes) {
+    const struct cuda *cuda = b->cuda->cuda;
+    cuda->api->download(cuda->device, host, cells, (int64_t)bytes);
+    return cuda->api->finish(cuda->device, b->why, sizeof b->why);
+}
+
+static bool write_cells(struct batch *b, uint8_t *cells, const void *host, size_t bytes) {
+    const struct cuda *cuda = b->cuda->cuda;
+    cuda->api->upload(cuda->device, cells, host, (int64_t)bytes);
+    return cuda->api->finish(cuda->device, b->why, sizeof b->why);
+}
+
 /* Mixtures of experts are refused when a model is opened, so their steps are not here. */
 const struct ops cuda_ops = {.begin = begin_step,
                              .end = end_step,
@@ -438,4 +450,6 @@ const struct ops cuda_ops = {.begin = begin_step,
                              .rope_and_store = rope_and_store,
                              .attention = attention,
                              .keep_rows = keep_rows,
-                             .head = head};
+                             .head = head,
+                             .read_cells = read_cells,
+                             .write_cells = write_cells};

@@ -249,6 +249,14 @@ void amber_engine_get_info(const amber_engine *engine, amber_engine_info *info) 
     memcpy(info, &full, info->size < sizeof full ? info->size : sizeof full);
 }
 
+int64_t amber_engine_work(const amber_engine *engine, int32_t layer, int32_t projection,
+                          int32_t matrix[2]) {
+    const struct shape *s = &engine->model.shape;
+    matrix[0] = matrix[1] = 0;
+    if (layer < 0 || layer >= s->n_layer || projection < 0 || projection >= N_PROJ) return 0;
+    return model_projection_work(s, layer, projection, matrix);
+}
+
 int32_t amber_engine_meta(const amber_engine *engine, const char *key, char *buf, size_t cap) {
     const struct gguf_kv *kv = gguf_find(engine->model.file, key);
     return kv ? gguf_format_value(kv, buf, cap) : -1;
@@ -295,6 +303,7 @@ amber_status amber_memory_estimate(const char *path, const amber_engine_options 
     if (status == AMBER_OK)
         status = session_estimate(&shape, floats, &plan, o.threads, &kernels, n_ctx, n_batch,
                                   &full.kv_bytes, &full.scratch_bytes, err);
+    if (status == AMBER_OK) full.coverage = model_coverage(&plan, &shape);
     plan_free(&plan);
     shape_free(&shape);
     gguf_close(file);

@@ -47,7 +47,7 @@ static void times(const struct linear *w, const float *v, float *y) {
 }
 
 /* The vectors of a rule lie in an Amber GGUF that says which method made its shifts. */
-static amber_status find_vector(const struct model *m, const char *stem, const char *part,
+static amber_status find_vector(struct model *m, const char *stem, const char *part,
                                 const char *method, uint64_t ne0, uint64_t ne1, const float **out,
                                 amber_error *err) {
     char name[96];
@@ -74,6 +74,7 @@ static amber_status find_vector(const struct model *m, const char *stem, const c
                               "%s: tensor %s: expected finite values, found %g at %" PRIu64
                               " (damaged file)",
                               m->file->label, name, (double)(*out)[i], i);
+    plan_hash_more(&m->plan, *out, t->size);
     return AMBER_OK;
 }
 

@@ -547,6 +547,21 @@ static bool same_pattern(const struct amber_pattern *p, const struct amber_patte
            p->tokens == q->tokens && p->relief == q->relief;
 }
 
+int64_t model_projection_work(const struct shape *s, int il, int projection, int32_t matrix[2]) {
+    struct projection p[N_PROJ], expert[3];
+    projections(s, il, p);
+    expert_projections(s, expert);
+    const struct projection *own = &p[projection];
+    int64_t work = (int64_t)own->n_out * own->n_in;
+    if (s->mixture[il] && projection >= PROJ_GATE) {
+        own = &expert[projection - PROJ_GATE];
+        work += (int64_t)s->n_expert_used * own->n_out * own->n_in;
+    }
+    matrix[0] = own->n_out;
+    matrix[1] = own->n_in;
+    return work;
+}
+
 /* Share of the multiplications of the layers' linear projections whose input is sparse: the coverage
  * of arXiv 2508.02128; where `only` is given, sparse by that pattern. With kernels, the share that
  * these leave out. */
@@ -554,26 +569,27 @@ static double sparse_share(const struct plan *plan, const struct shape *s,
                            const struct amber_pattern *only, const struct amber_kernels *kernels) {
     double share = 0, total = 0;
     for (int il = 0; il < s->n_layer; il++) {
-        struct projection p[N_PROJ], expert[3];
-        projections(s, il, p);
-        expert_projections(s, expert);
         for (int i = 0; i < N_PROJ; i++) {
             const struct rule *rule = plan_rule(plan, il, i);
-            const struct projection *e = &expert[amber_max(i - PROJ_GATE, 0)];
-            double work = (double)p[i].n_out * p[i].n_in;
-            double chosen = s->mixture[il] && i >= PROJ_GATE
-                                ? (double)s->n_expert_used * e->n_out * e->n_in
-                                : 0;
-            total += work + chosen;
+            int32_t matrix[2];
+            const double work = (double)model_projection_work(s, il, i, matrix);
+            const double chosen = s->mixture[il] && i >= PROJ_GATE
+                                      ? (double)s->n_expert_used * matrix[0] * matrix[1]
+                                      : 0;
+            total += work;
             if (!rule_is_sparse(rule) || (only && !same_pattern(only, &rule->pattern))) continue;
             int keep = kernels ? amber_nm_listed(kernels, &rule->pattern) : 0;
-            if (!kernels) share += work + chosen;
-            if (keep) share += work * (16 - keep) / 16;
+            if (!kernels) share += work;
+            if (keep) share += (work - chosen) * (16 - keep) / 16;
             int alone = kernels ? amber_nm_listed_alone(kernels, &rule->pattern) : 0;
             if (alone) share += chosen * (16 - alone) / 16;
         }
     }
     return share / total;
+}
+
+double model_coverage(const struct plan *plan, const struct shape *s) {
+    return sparse_share(plan, s, NULL, NULL);
 }
 
 void model_work(const struct model *m, int64_t *multiplications, int64_t *bytes) {
@@ -627,8 +643,8 @@ amber_status model_read_plan(const struct gguf_file *file, const struct shape *s
     if (!copy) return amber_fail(err, AMBER_ERR_MEMORY, "%s: no memory for the plan", file->label);
     memcpy(copy, text.data, (size_t)text.len);
     copy[text.len] = 0;
-    amber_status status = plan_parse(copy, &(struct plan_model){s->n_layer, s->n_embd, s->n_ff},
-                                     evaluation, plan, err);
+    const struct plan_model model = {s->n_layer, s->n_embd, s->n_expert ? s->n_ff_expert : s->n_ff};
+    amber_status status = plan_parse(copy, &model, evaluation, plan, err);
     free(copy);
     if (status != AMBER_OK && automatic && err) {
         char why[sizeof err->msg];
@@ -671,7 +687,8 @@ static amber_status load_all(struct loader *ld, const char *sparse, bool evaluat
     status = packed_check(m->file, &m->packed, ld->err);
     if (status == AMBER_OK)
         status = model_read_plan(m->file, s, sparse, evaluation, &m->plan, ld->err);
-    m->coverage = status == AMBER_OK ? sparse_share(&m->plan, s, NULL, NULL) : 0;
+    m->coverage = status == AMBER_OK ? model_coverage(&m->plan, s) : 0;
+    if (m->plan.any) plan_hash_more(&m->plan, &m->sparse_first_n, sizeof m->sparse_first_n);
     if (status == AMBER_OK)
         status = find_weight(m->file, "token_embd.weight", s->n_vocab, s->n_embd, &m->embedding,
                              ld->err);

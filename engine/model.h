@@ -160,6 +160,11 @@ void model_drop_matrices(struct model *model);
 /* What one token costs: multiplications of the layers' projections, and bytes of all matrices that it
  * reads, the head's included. */
 void model_work(const struct model *model, int64_t *multiplications, int64_t *bytes);
+/* Multiplications of one projection of a layer for one token, and its matrix [n_out, n_in]: in a
+ * mixture that of one expert, and the work of all that are used. 0 where the layer has none. */
+int64_t model_projection_work(const struct shape *s, int il, int projection, int32_t matrix[2]);
+/* Share of the layers' multiplications that have a sparse operand under a plan. */
+double model_coverage(const struct plan *plan, const struct shape *s);
 /* Share of the layers' multiplications that the plan saves with these kernels in a long prompt. */
 double model_skipped(const struct model *model, const struct amber_kernels *kernels);
 /* The index-th of the plan's different patterns, and the share of the layers' multiplications whose

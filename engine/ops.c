@@ -207,6 +207,18 @@ void op_keep_rows(struct batch *b, int first) {
     b->rows = rows;
 }
 
+static bool read_cells(struct batch *b, void *host, const uint8_t *cells, size_t bytes) {
+    (void)b;
+    memcpy(host, cells, bytes);
+    return true;
+}
+
+static bool write_cells(struct batch *b, uint8_t *cells, const void *host, size_t bytes) {
+    (void)b;
+    memcpy(cells, host, bytes);
+    return true;
+}
+
 const struct ops cpu_ops = {.begin = begin_step,
                             .end = end_step,
                             .norm = op_norm,
@@ -220,4 +232,6 @@ const struct ops cpu_ops = {.begin = begin_step,
                             .experts = op_experts,
                             .shared_expert = op_shared_expert,
                             .keep_rows = op_keep_rows,
-                            .head = op_head};
+                            .head = op_head,
+                            .read_cells = read_cells,
+                            .write_cells = write_cells};

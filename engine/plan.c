@@ -228,15 +228,13 @@ static amber_status read_rule(struct text t, const struct plan_model *model, boo
     return AMBER_OK;
 }
 
-/* FNV-1a, byte by byte. */
 void plan_hash_more(struct plan *plan, const void *data, size_t bytes) {
-    const uint8_t *at = data;
-    for (size_t i = 0; i < bytes; i++) plan->hash = (plan->hash ^ at[i]) * 0x100000001b3u;
+    plan->hash = amber_hash(plan->hash, data, bytes);
 }
 
 /* Over the rules' numbers, so that equal plans are equal however they were written. */
 static void hash_rules(struct plan *plan) {
-    plan->hash = 0xcbf29ce484222325u;
+    plan->hash = AMBER_HASH_START;
     for (int i = 0; i < plan->n_layer * N_PROJ; i++) {
         const struct rule *r = &plan->rules[i];
         const struct amber_pattern *p = &r->pattern;

@@ -61,7 +61,8 @@ struct plan {
                       loaded, the vectors they use and the tokens they spare; 0 for a dense plan */
 };
 
-/* The preset policies need to know the model's size: (layers, width, feed-forward width). */
+/* The preset policies need to know the model's size: (layers, width, feed-forward width; of one
+ * expert where there are any). */
 struct plan_model {
     int n_layer, n_embd, n_ff;
 };

@@ -280,7 +280,7 @@ static void begin_prefill(struct amber_session *session, int n) {
 static int resume_at(const struct amber_session *session, int pos) {
     const struct batch *b = &session->batch;
     const int window = b->model->shape.window;
-    if (!window || b->window_ctx == b->n_ctx) return pos;
+    if (!window) return pos;
     const int oldest = session->n_written - b->window_ctx, wanted = pos - window + 1;
     return oldest <= 0 || oldest <= amber_max(wanted, 0) ? pos : 0;
 }
@@ -414,6 +414,51 @@ amber_status amber_session_rewind(amber_session *session, int32_t n, amber_error
                           session->n_past, n);
     if (n < session->n_past) session->has_logits = false;
     session->n_past = n;
+    return AMBER_OK;
+}
+
+static const struct linear *layer_matrix(const struct layer *l, int projection) {
+    const struct linear *const w[N_PROJ] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+    /* Beside experts, the layer's own matrices are the shared expert's: not what a rule is about. */
+    const bool feed_forward = projection >= PROJ_GATE;
+    return feed_forward && l->experts.router ? NULL : w[projection];
+}
+
+amber_status amber_session_project(amber_session *session, int32_t layer, int32_t projection,
+                                   int32_t rows, int32_t n_in, int32_t n_out, const float *x,
+                                   int32_t pruned, float *y, amber_error *err) {
+    struct batch *b = &session->batch;
+    const struct model *model = b->model;
+    if (b->cuda)
+        return amber_fail(err, AMBER_ERR_UNSUPPORTED,
+                          "project: single layers run on the CPU only (use device cpu)");
+    if (layer < 0 || layer >= model->shape.n_layer || projection < 0 || projection >= N_PROJ)
+        return amber_fail(err, AMBER_ERR_ARGUMENT,
+                          "project: expected layer 0..%d and projection 0..%d, found %d and %d",
+                          model->shape.n_layer - 1, N_PROJ - 1, layer, projection);
+    const struct linear *w = layer_matrix(&model->layers[layer], projection);
+    if (!w || !w->n_out)
+        return amber_fail(err, AMBER_ERR_ARGUMENT, "project: layer %d has no single matrix for %s",
+                          layer, plan_projection_name(projection));
+    if (n_in != w->n_in || n_out != w->n_out || rows < 0)
+        return amber_fail(
+            err, AMBER_ERR_ARGUMENT,
+            "project: %s of layer %d: expected %d inputs and %d outputs, found %d and "
+            "%d for %d rows",
+            plan_projection_name(projection), layer, w->n_in, w->n_out, n_in, n_out, rows);
+    pthread_mutex_lock(&session->engine->lock);
+    const amber_tap_fn tap = b->tap;
+    b->tap = NULL;
+    b->prefill = b->sparse = pruned != 0;
+    b->layer = layer;
+    for (int first = 0; first < rows; first += b->n_batch) {
+        b->pos0 = first;
+        b->rows = amber_min(b->n_batch, rows - first);
+        b->op->prepare(b, x + (int64_t)first * n_in, &w, 1);
+        b->op->linear(b, &w, (float *[]){y + (int64_t)first * n_out}, 1);
+    }
+    b->tap = tap;
+    pthread_mutex_unlock(&session->engine->lock);
     return AMBER_OK;
 }
 

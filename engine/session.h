@@ -173,6 +173,9 @@ struct ops {
     void (*keep_rows)(struct batch *b, int first);
     /* logits [rows, n_vocab] = cap(output(norm(x))), host memory on every device. */
     void (*head)(struct batch *b, float *logits);
+    /* Copies of cells of the KV cache, between two steps. On failure the batch's `why` is filled. */
+    bool (*read_cells)(struct batch *b, void *host, const uint8_t *cells, size_t bytes);
+    bool (*write_cells)(struct batch *b, uint8_t *cells, const void *host, size_t bytes);
 };
 extern const struct ops cpu_ops;
 

@@ -178,6 +178,42 @@ except amber.AmberError as error:
     assert "no-such.so" in said(llama, cuda, AMBER_CUDA_LIBRARY=str(tmp_path / "no-such.so"))
 
 
+def test_session_files(emulated: dict[str, str], tmp_path: Path) -> None:
+    """A session that a GPU saved goes on there bit for bit, and on the CPU within its rounding; one
+    that the CPU saved goes on on the GPU. Single layers are the CPU's."""
+    code = f"""
+import json
+import numpy as np
+from amber import Engine
+path, file = {str(GOLDEN / "llama.gguf")!r}, {str(tmp_path / "session")!r}
+tokens = [int(t) for t in np.random.default_rng(3).integers(3, 280, 60)]
+said = []
+for first in ("cuda", "cpu"):
+    with Engine(path, device=first, sparse="2:4@all", n_ctx=96) as e, e.session() as s:
+        s.sync(tokens[:50])
+        s.save(file)
+        s.sync(tokens)
+        expected = np.array(s.logits)
+        if first == "cuda":
+            try:
+                s.project(0, "q", np.zeros((1, e.info.n_embd)), e.info.matrices[0][0][0])
+            except Exception as error:
+                said.append(str(error))
+    for second in ("cuda", "cpu"):
+        with Engine(path, device=second, sparse="2:4@all", n_ctx=80) as e, e.session() as s:
+            said += [s.load(file), s.sync(tokens)]
+            far = np.linalg.norm(s.logits - expected) / np.linalg.norm(expected)
+            said.append(float(far))
+print(json.dumps(said))
+"""
+    done = python(code, emulated)
+    assert done.returncode == 0, done.stderr
+    refusal, *rest = json.loads(done.stdout.splitlines()[-1])
+    assert "CPU only" in refusal
+    assert rest[0::3] == rest[1::3] == [50] * 4
+    assert rest[2] == rest[11] == 0 and rest[5] < 0.2 and rest[8] < 0.2
+
+
 def test_list(emulated: dict[str, str], tmp_path: Path) -> None:
     code = "import amber; print('\\n'.join(amber.device_list()))"
     lines = python(code, emulated).stdout.splitlines()

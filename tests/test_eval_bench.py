@@ -3,6 +3,7 @@ llama.cpp's, their command lines."""
 
 import csv
 import io
+import itertools
 import json
 import math
 import subprocess
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 
 import amber
-from amber import bench, kernel_bench
+from amber import bench, kernel_bench, plots, quantize, timing, weights
 from amber import eval as evaluation
+from numpy_llama import NumpyLlama, Rule, sparse_linear
 
 TEXT = (
     "Once upon a time there was a small fox who lived at the edge of a wood. Every morning she "
@@ -182,6 +184,202 @@ def test_eval_command_refuses(demo_model, story, tmp_path):
         for word in words:
             assert word in done.stderr, (args, done.stderr)
         assert "Traceback" not in done.stderr
+
+
+def test_clact_is_measured(demo_model, story):
+    """The criterion that serving refuses."""
+    done = command("eval", "demo", "--text", story, "--ctx", "64", "--chunks", "2", "--json",
+                   "--sparse", "8:16@all", "--criterion", "clact", "--against", "off")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kl_mean"] > 0
+    with pytest.raises(amber.AmberError, match="caching"):
+        amber.Engine("demo", sparse="8:16/clact@all")
+
+
+def test_kept_logits_change_nothing(demo_model):
+    cache = {}
+    with amber.Engine("demo", sparse="8:16@all") as engine, amber.Engine("demo") as dense:
+        common = {"ctx": 64, "chunks": 3, "against": dense}
+        first = evaluation.evaluate(engine, TEXT, **common)
+        for _ in range(2):
+            again = evaluation.evaluate(engine, TEXT, cache=cache, **common)
+            assert (again.kl_mean, again.perplexity) == (first.kl_mean, first.perplexity)
+            assert sorted(cache) == [0, 1, 2]
+
+
+def test_pruned_weights(demo_model, tmp_path):
+    """Against a sort row by row; the file keeps what it does not prune."""
+    rng = np.random.default_rng(5)
+    for n, m, width in ((2, 4, 64), (8, 16, 48), (1, 4, 10), (3, 3, 7)):
+        rows = rng.integers(-3, 4, (5, width)).astype(np.float32)
+        expected = np.zeros_like(rows)
+        for i, first in itertools.product(range(5), range(0, width, m)):
+            group = np.abs(rows[i, first : first + m])
+            for place in sorted(range(len(group)), key=lambda p: (-group[p], p))[:n]:
+                expected[i, first + place] = rows[i, first + place]
+        assert np.array_equal(weights.prune(rows, n, m), expected), (n, m)
+    path, out = str(demo_model), str(tmp_path / "out.gguf")
+    plan = weights.plan_of("2:4@q,down#1-2", path)
+    assert plan == {(1, "q"): "2:4", (2, "q"): "2:4", (1, "down"): "2:4", (2, "down"): "2:4"}
+    assert len(weights.plan_of("8:16", path)) == 56
+    weights.write_pruned(path, out, plan)
+    before, after = quantize.Source(path), quantize.Source(out)
+    for name, pruned in (("blk.1.attn_q", True), ("blk.0.attn_q", False), ("blk.1.ffn_up", False)):
+        w = before.rows(f"{name}.weight")
+        ours = after.unpacked(name, *w.shape)
+        expected = weights.prune(w, 2, 4) if pruned else w
+        assert np.abs(ours - expected).max() <= np.abs(w).max() / 254 * 1.001
+        assert np.count_nonzero(ours.reshape(-1, 4), axis=1).max() == (2 if pruned else 4)
+
+
+def test_weights_against_activations(demo_model, story):
+    """The papers' comparison on one line each: pruned weights are another model altogether."""
+    done = command("eval", "demo", "--text", story, "--ctx", "64", "--chunks", "3", "--json",
+                   "--sparse", "2:4@all", "--prune-weights", "2:4", "--against", "off")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    activations, pruned = (json.loads(line) for line in done.stdout.splitlines())
+    assert pruned["plan"] == "weights 2:4" and pruned["sparse"] == "off"
+    assert pruned["coverage"] == activations["coverage"] == 1
+    assert pruned["modelled_speedup"] == activations["modelled_speedup"] == 2
+    assert pruned["kl_mean"] > 0 and pruned["kl_mean"] != activations["kl_mean"]
+
+
+def test_sensitivity(demo_model, story, tmp_path):
+    """e_q by numpy from the weights and the inputs of the dense model; KL as amber-eval measures it
+    of that projection alone."""
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "map"
+    args = ["demo", "--text", story, "--ctx", "64", "--chunks", "2", "--sparse", "2:4@k,down#3"]
+    done = command("eval", *args, "--sensitivity", str(out), "--json")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(r["layer"], r["projection"]) for r in rows] == [(3, "k"), (3, "down")]
+    with open(f"{out}.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(r["kl"]) for r in table] == [r["kl"] for r in rows]
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+    oracle = NumpyLlama(demo_model)
+    with amber.Engine("demo", sparse="off") as engine:
+        tokens = engine.tokenize(TEXT)
+        lost = {}
+        for start in (0, 64):
+            window = tokens[start : start + 64]
+            window[0] = engine.tokenizer.bos
+            for key, name, tensor in (("q", "k", "attn_k"), ("down", "down", "ffn_down")):
+                x = engine.activations(window)[3, key].astype(float)
+                w = oracle.t[f"blk.3.{tensor}.weight"]
+                y = sparse_linear(x, w, None, int8=True)
+                sums = lost.setdefault(name, [0, 0])
+                sums[0] += np.sum((sparse_linear(x, w, Rule(2, 4), int8=True) - y) ** 2)
+                sums[1] += np.sum(y**2)
+    for row in rows:
+        a, b = lost[row["projection"]]
+        assert row["e_q"] == pytest.approx(math.sqrt(a / b), rel=1e-3)
+        cell = f"2:4@{row['projection']}#3"
+        with amber.Engine("demo", sparse=cell) as engine, amber.Engine("demo") as dense:
+            result = evaluation.evaluate(engine, TEXT, ctx=64, chunks=2, against=dense)
+        # Another set of positions: here the last of a window predicts nothing.
+        assert row["kl"] == pytest.approx(result.kl_mean, rel=1e-6)
+    text = command("eval", *args, "--sensitivity", str(tmp_path / "only.csv")).stdout
+    assert text.splitlines()[1].split() == ["layer", "k", "down", "k", "down"]
+    assert not (tmp_path / "only.png").exists()
+
+
+def test_pareto(demo_model, story, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "front"
+    done = command("eval", "demo", "--text", story, "--ctx", "64", "--chunks", "2",
+                   "--sparse", "8:16", "--sparse", "2:4@all", "--sparse", "off",
+                   "--prune-weights", "2:4", "--pareto", str(out))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4
+    with open(f"{out}.csv", newline="") as file:
+        rows = {row["plan"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["8:16", "2:4@all", "off", "weights 2:4"]
+    assert float(rows["off"]["modelled_speedup"]) == 1 and float(rows["off"]["kl_mean"]) == 0
+    share = float(rows["8:16"]["coverage"])
+    assert float(rows["8:16"]["modelled_speedup"]) == pytest.approx(1 / (1 - share / 2))
+    assert [rows[p]["front"] for p in ("off", "8:16")] == ["True", "True"]
+    assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
+    best = plots.front([{"x": 1, "y": 2}, {"x": 1, "y": 3}, {"x": 2, "y": 2}, {"x": 3, "y": 9}],
+                       "x", "y")  # fmt: skip
+    assert best == [{"x": 2, "y": 2}, {"x": 3, "y": 9}]
+
+
+def test_studies_refuse(demo_model, story, tmp_path, monkeypatch, capsys):
+    """And say what is missing before any work."""
+    args = ["demo", "--text", story, "--ctx", "64", "--chunks", "1"]
+    for more, code, words in (
+        (["--sensitivity", "x.csv", "--precision", "float"], 2, "expected int8"),
+        (["--pareto", "x.csv", "--precision", "int8,float"], 2, "one model"),
+        (["--sensitivity", "x.csv", "--sparse", "2:4", "--sparse", "8:16"], 2, "one --sparse"),
+        (["--sensitivity", "x.csv", "--sparse", "9:8"], 1, "9:8"),
+        (["--prune-weights", "2:4x4"], 1, "expected N:M"),
+        (["--prune-weights", "9:8"], 1, "9:8"),
+        (["--times", story], 1, "amber-bench --kernels"),
+    ):
+        assert evaluation.main([*args, *more]) == code, more
+        assert words in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for option in ("--sensitivity", "--pareto"):
+        assert evaluation.main([*args, option, str(tmp_path / "x")]) == 1
+        assert "pip install 'amber-llm[plots]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [Path(story)]
+    assert evaluation.main([*args, "--pareto", str(tmp_path / "x.csv"), "--sparse", "off"]) == 0
+
+
+# ---- modelled time ----
+
+
+def kernel_row(kernel, pattern, seconds, n_out, n_in, rows=512, isa="ref"):
+    return {"kernel": kernel, "pattern": pattern, "rows": rows, "n_out": n_out, "n_in": n_in,
+            "isa": isa, "seconds": seconds, "cpu": "a test"}  # fmt: skip
+
+
+def test_modelled_time_of_a_table(tmp_path):
+    """Nearest shapes, interpolation within a kind of pattern, inputs beside products."""
+    rows = [
+        kernel_row("gemm", "dense", 512.0, 100, 100),
+        kernel_row("gemm", "8:16x4t2", 0.5 * 512, 100, 100),
+        kernel_row("gemm", "12:16x4t2", 0.8 * 512, 100, 100),
+        kernel_row("gemm", "dense", 3.0, 100, 100, rows=1),
+        kernel_row("gemm", "dense", 9.0, 100, 100, isa="other"),
+        kernel_row("gemm", "dense", 10 * 512.0, 100, 1000),
+        kernel_row("attention", "dense", 1.0, 0, 0),
+    ]
+    path = tmp_path / "times"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    times = timing.TimeModel.read(path)
+    assert "a test, ref, 1 threads, 512 rows" in times.name
+
+    def one(method, work=10000, matrix=(100, 100), model=times):
+        return model.projection(method, "q", work, matrix)
+
+    assert one("dense") == pytest.approx(1) and one("dense", 20000) == pytest.approx(2)
+    assert one("8:16x4t2/amber") == pytest.approx(0.5)
+    assert one("10:16x4t2") == pytest.approx(0.65)
+    assert one("4:16x4t2") == pytest.approx(0.2) and one("14:16x4t2") == pytest.approx(0.95)
+    assert one("8:16") == one("2:4+r16") == pytest.approx(1)  # not measured: as dense
+    assert one("8:16x4t2", 90000, (100, 900)) == pytest.approx(0.9 * 10)
+    rows += [kernel_row("prepare", "dense", 0.3 * 512, 0, 100),
+             kernel_row("prepare", "8:16x4t2", 0.6 * 512, 0, 100)]  # fmt: skip
+    both = timing.TimeModel(rows, "rows")
+    assert one("dense", model=both) == pytest.approx(1.1)  # q, k, v share it
+    assert one("8:16x4t2", model=both) == pytest.approx(0.5 + 0.6)
+    plain = timing.TimeModel.read(None)
+    assert one("2:4", model=plain) == 5000 and one("dense", model=plain) == 10000
+    assert one("2:4+r16", model=plain) == 6250 and one("top30%", model=plain) == 3000
+    assert one("8:16x4t2", model=plain) == pytest.approx(5540)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1, 2]", '{"kernel": "gemm"}', "", '{"kernel": "attention"}']
+)
+def test_a_table_that_is_none(content, tmp_path):
+    path = tmp_path / "times.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="times.json: expected what amber-bench --kernels --json"):
+        timing.TimeModel.read(path)
 
 
 # ---- amber-bench ----

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 import amber
-from numpy_llama import NumpyLlama, Rule
+from amber.timing import PROJECTIONS
+from gguf_bytes import F32, STRING, U32, Image, spm_vocabulary
+from numpy_llama import PROJECTIONS as TENSORS
+from numpy_llama import NumpyLlama, Rule, sparse_linear
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 POLICY = ("q", "gate", "down")
@@ -210,17 +213,106 @@ def test_plan_file(tmp_path: Path, demo_model: Path) -> None:
         assert engine.info.sparse == "mixed patterns in 10/56 projections"
 
 
-def test_coverage_of_the_papers_models() -> None:
-    """methods: 56.13 %, 57.59 % and 56.94 % of the multiplications for Llama-3.1-8B, Qwen2-7B and
-    Qwen3-30B-A3B, from their shapes and skip lists (arXiv 2508.02128)."""
+SHAPES = {  # layers, width, heads, KV heads, head, feed-forward width, experts, used, their width
+    "llama": (32, 4096, 32, 8, 128, 14336, 0, 0, 0),  # Llama-3.1-8B
+    "qwen2": (28, 3584, 28, 4, 128, 18944, 0, 0, 0),  # Qwen2-7B
+    "qwen3moe": (48, 2048, 32, 4, 128, 6144, 128, 8, 768),  # Qwen3-30B-A3B
+}
 
-    def coverage(layers, skipped, width, q, kv, ff, experts=1):
-        work = {"q": width * q, "k": width * kv, "v": width * kv, "o": width * q}
-        work |= dict.fromkeys(("gate", "up", "down"), experts * width * ff)
-        total = layers * sum(work.values())
-        sparse = layers * work["down"] + (layers - skipped) * (work["q"] + work["gate"])
-        return round(100 * sparse / total, 2)
 
-    assert coverage(32, 5, 4096, 4096, 1024, 14336) == 56.13
-    assert coverage(28, 5, 3584, 3584, 512, 18944) == 57.59
-    assert coverage(48, 3, 2048, 4096, 512, 768, experts=8) == 56.94
+def head_only(path: Path, arch: str) -> Path:
+    """A file that says what shape its model has, and holds little of it."""
+    layers, width, heads, kv_heads, head, ff, experts, used, expert_ff = SHAPES[arch]
+    image = Image().key("general.architecture", STRING, arch)
+    for name, value in (
+        ("block_count", layers), ("context_length", 4096), ("embedding_length", width),
+        ("feed_forward_length", ff), ("attention.head_count", heads),
+        ("attention.head_count_kv", kv_heads), ("attention.key_length", head),
+        ("attention.value_length", head), ("expert_count", experts), ("expert_used_count", used),
+        ("expert_feed_forward_length", expert_ff),
+    ):  # fmt: skip
+        if value:
+            image.key(f"{arch}.{name}", U32, value)
+    image.key(f"{arch}.attention.layer_norm_rms_epsilon", F32, 1e-6)
+    spm_vocabulary(image)
+    image.tensor("token_embd.weight", 1, (width, 264), bytes(2 * width * 264))
+    for layer in range(layers if experts else 0):
+        image.tensor(f"blk.{layer}.ffn_gate_inp.weight", 1, (1, 1), bytes(2))
+    path.write_bytes(image.finish())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arch", "paper", "everywhere"),
+    [("llama", 56.13, 61.5), ("qwen2", 57.59, 63.8), ("qwen3moe", 56.94, 59.3)],
+)
+def test_coverage_of_the_papers_models(
+    arch: str, paper: float, everywhere: float, tmp_path: Path
+) -> None:
+    """The engine's presets on Llama-3.1-8B, Qwen2-7B and Qwen3-30B-A3B, from their shapes alone
+    (arXiv 2508.02128: 56.1 %, 57.6 % and 56.9 %), and the share without skipped layers."""
+    path = head_only(tmp_path / "model.gguf", arch)
+    preset = amber.memory_estimate(path, sparse="8:16").coverage
+    assert round(100 * preset, 2) == paper
+    without = amber.memory_estimate(path, sparse="8:16@q,gate,down").coverage
+    assert round(100 * without, 1) == everywhere
+    assert amber.memory_estimate(path, sparse="off").coverage == 0
+
+
+# ---- single projections on what they really read ----
+
+
+@pytest.fixture(scope="module")
+def real(demo_model: Path, testdata: Path) -> tuple[NumpyLlama, dict]:
+    text = (testdata / "text" / "wiki.test.raw").read_text()[:1500]
+    with amber.Engine(demo_model, sparse="off") as engine:
+        return NumpyLlama(demo_model), engine.activations(text)
+
+
+@pytest.mark.parametrize(("text", "rule", "scope"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize("precision", ["float", "int8"])
+def test_projections_of_real_activations(
+    text: str, rule: Rule, scope: tuple[str, ...], precision: str, demo_model: Path, real: tuple
+) -> None:
+    """Every projection of three layers on the inputs that the demo model gives it, against numpy in
+    float64 with the same roundings. A float32 score or rounding step that falls on the other side
+    moves single rows, hence the median of the rows' errors. So does a weight that float32 rounds to
+    the other side: 127 2^-24 of them, one or two in a matrix, move each row by 1e-4."""
+    bound = 5e-4 if precision == "int8" else 1e-5
+    oracle, inputs = real
+    sources = {"k": "q", "v": "q", "up": "gate"}
+    with amber.Engine(demo_model, precision=precision, sparse=text) as engine:
+        matrices = engine.info.matrices
+        with engine.session(n_batch=64) as session:
+            for layer in (0, 4, 7):
+                for name in scope:
+                    x = inputs[layer, sources.get(name, name)]
+                    w = oracle.t[f"blk.{layer}.{TENSORS[name]}.weight"]
+                    assert matrices[layer][PROJECTIONS.index(name)] == w.shape
+                    for pruned in (True, False):
+                        ours = session.project(layer, name, x, len(w), pruned)
+                        own = rule if pruned else None
+                        expected = sparse_linear(x.astype(float), w, own, precision == "int8")
+                        rows = np.linalg.norm(ours - expected, axis=1)
+                        rows = rows / np.linalg.norm(expected, axis=1)
+                        assert np.median(rows) < bound, (layer, name, pruned)
+
+
+def test_project_leaves_the_session_alone(demo_model: Path) -> None:
+    with amber.Engine(demo_model, sparse="8:16@all") as engine, engine.session() as session:
+        tokens = engine.tokenize("The wolf and the fox went into the wood")
+        session.sync(tokens)
+        before, width = session.logits, engine.info.n_embd
+        x = np.random.default_rng(0).standard_normal((700, width)).astype(np.float32)
+        whole = session.project(1, "q", x, width)
+        assert np.array_equal(whole[600:], session.project(1, "q", x[600:], width))
+        assert np.array_equal(session.logits, before) and session.tokens == tokens
+        assert session.sync([*tokens, 5]) == len(tokens)
+        for layer, name, n_out, words in (
+            (99, "q", width, "layer 0..7"),
+            (0, "head", width, "q, k, v"),
+            (0, "q", width + 1, f"{width} outputs"),
+            (0, "down", width, f"{engine.info.n_ff} inputs"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                session.project(layer, name, x, n_out)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from . import kernel_bench
+from . import kernel_bench, plots
 from ._lib import check, ffi, lib
 from .command import UsageError, run_command
 from .crossover import cpu_name
@@ -580,19 +580,6 @@ def label_of(r: dict[str, Any]) -> str:
     return f"{r['test']}  {name} {r['sparse']} {r['precision']} {r['isa']} x{r['threads']}"
 
 
-def load_pyplot() -> Any:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as pyplot
-    except ImportError as error:
-        raise AmberError(
-            f"--plot needs matplotlib: pip install 'amber-llm[tools]' ({error})"
-        ) from error
-    return pyplot
-
-
 def plot(pyplot: Any, rows: Sequence[dict[str, Any]], path: str) -> None:
     """One panel of bars per unit, with the share of the machine's limit beside each bar."""
     panels: dict[str, list[tuple[str, float, float, float | None]]] = {}
@@ -628,7 +615,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"-r: expected 1 or more, found {args.repeats}")
     if args.plot and not args.plot.endswith((".png", ".svg", ".pdf")):
         raise UsageError(f"--plot: expected a name in .png, .svg or .pdf, found {args.plot!r}")
-    pyplot = load_pyplot() if args.plot else None
+    pyplot = plots.pyplot("--plot") if args.plot else None
     if args.kernels:
         if args.models:
             raise UsageError(f"--kernels: expected no model, found {args.models[0]!r}")

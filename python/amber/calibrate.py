@@ -3,12 +3,13 @@
 Cost is the KL divergence of the dense INT8 model from the sparse one, per token, on windows of a
 calibration text by amber-eval's protocol (the second half of each window is scored).
 
-The budgeted plan. A cell is one projection in a group of neighbouring layers. Each cell runs sparse
-alone, with a few of the patterns, and the KL of the patterns between is interpolated in its
-logarithm. Of each cell only the patterns on the lower convex hull of (modelled time, KL) are kept;
-the steps along all hulls, sorted by time saved per KL, make one sequence of ever faster plans. KLs
-of cells add up only roughly, so what decides is a measurement: the longest start of the sequence
-whose whole plan stays within the budget, found by halving.
+The budgeted plan is the fastest within a cost, or the cheapest of some speed. A cell is one
+projection in a group of neighbouring layers. Each cell runs sparse alone, with a few of the
+patterns, and the KL of the patterns between is interpolated in its logarithm. Of each cell only the
+patterns on the lower convex hull of (modelled time, KL) are kept; the steps along all hulls, sorted
+by time saved per KL, make one sequence of ever faster plans. KLs of cells add up only roughly, so
+what decides is a measurement: the longest start of the sequence whose whole plan stays within the
+budget, found by halving. For a speed alone, the first start that has it.
 """
 
 import argparse
@@ -22,12 +23,14 @@ from typing import Any
 from .engine import Engine, EngineInfo, memory_estimate
 from .errors import AmberError, ArgumentError
 from .eval import evaluate, log_softmax, read_text, row_blocks, window_logits
+from .sensitivity import output_errors
 from .sparse import plan_text
+from .timing import PROJECTIONS, Cell, Pattern, Plan, TimeModel, read_pattern
 from .tokenizer import Tokenizer
 
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 POLICY = ("q", "gate", "down")  # of arXiv 2508.02128; down everywhere, the others but where skipped
-# Layers whose q and gate stay dense, by (layers, width, feed-forward width); as in engine/plan.c.
+# Layers whose q and gate stay dense, by (layers, width, feed-forward width; of an expert in a
+# mixture); as in engine/plan.c.
 PRESETS = {
     (32, 4096, 14336): (19, 21, 28, 30, 31),  # Llama-3.1-8B
     (28, 3584, 18944): (0, 6, 23, 26, 27),  # Qwen2-7B
@@ -39,27 +42,24 @@ AUTO_COVERAGE = (
 FAMILY = "8:16x4t2"
 # Multiply-adds that the runs of one sensitivity study may take: some minutes on a small machine.
 STUDY_WORK = 1e14
+ERROR_WINDOWS = 2  # whose tokens tell the report's e_q
 CACHE_BYTES = 1 << 29  # of dense logits that are kept for the study
 
-Cell = tuple[int, str]  # (layer, projection)
-Plan = dict[Cell, str]  # "8:16x4t2/amber": pattern and methods of what runs sparse
 Bars = Callable[[str, str], Any]  # (name, unit) -> a context manager that is progress(done, total)
 
 
 # ---- plans as data ----
 
 
-def matrix_shape(projection: str, info: EngineInfo) -> tuple[int, int]:
-    """(n_out, n_in) of a projection's matrix."""
-    q, kv = info.n_head * info.head_dim, info.n_head_kv * info.head_dim
-    n_out = {"q": q, "k": kv, "v": kv, "gate": info.n_ff, "up": info.n_ff}
-    n_in = {"o": q, "down": info.n_ff}
-    return n_out.get(projection, info.n_embd), n_in.get(projection, info.n_embd)
-
-
-def work(info: EngineInfo) -> dict[str, int]:
+def work(info: EngineInfo, layer: int) -> dict[str, int]:
     """Multiplications per token of each projection of a layer."""
-    return {name: math.prod(matrix_shape(name, info)) for name in PROJECTIONS}
+    return dict(zip(PROJECTIONS, info.work[layer], strict=True))
+
+
+def preset(info: EngineInfo) -> tuple[int, ...]:
+    """The paper's layers whose q and gate stay dense, where this is one of its models."""
+    feed_forward = info.matrices[0][PROJECTIONS.index("up")][0]
+    return PRESETS.get((info.n_layer, info.n_embd, feed_forward), ())
 
 
 def layer_list(text: str) -> list[int]:
@@ -120,63 +120,8 @@ def compact(plan: Plan) -> str:
 
 def coverage(plan: Plan, info: EngineInfo) -> float:
     """Share of the layers' multiplications that have a sparse operand."""
-    each = work(info)
-    return sum(each[name] for _, name in plan) / (info.n_layer * sum(each.values()))
-
-
-# ---- modelled time ----
-
-
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """n of m blocks, and what follows: "x4t2"."""
-
-    n: int
-    m: int
-    suffix: str
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}{self.suffix}"
-
-    @property
-    def time(self) -> float:
-        """Modelled time over that of the dense projection. Two-token blocks: measured on AVX-512
-        VNNI, a fixed part and one in proportion to n. Others: their multiplications, what hardware
-        for the pattern would take."""
-        share = self.n / self.m
-        return 0.074 + 0.060 * 16 * share if self.suffix == "x4t2" else share
-
-
-def read_pattern(text: str) -> Pattern:
-    """ArgumentError for patterns that have no family of others: relief windows, top-k, dense."""
-    found = re.fullmatch(r"(?:(\d+):)?(\d+)(x4t2|x4)?", text.strip())
-    if not found:
-        raise ArgumentError(
-            f"--max-kl: expected a pattern N:M, N:Mx4 or N:Mx4t2 to vary, found {text!r}"
-        )
-    m = int(found[2])
-    return Pattern(int(found[1] or m), m, found[3] or "")
-
-
-def modelled_time(plan: Plan, info: EngineInfo) -> float:
-    """Modelled time of the layers' projections, over dense."""
-    each = work(info)
-    saved = 0.0
-    for (_, name), method in plan.items():
-        text = method.split("/")[0]
-        try:
-            time = read_pattern(text).time
-        except ArgumentError:
-            time = _kept(text)
-        saved += each[name] * (1 - time)
-    return 1 - saved / (info.n_layer * sum(each.values()))
-
-
-def _kept(text: str) -> float:
-    """Share of the channels that a pattern without a family keeps."""
-    if text.startswith("top"):
-        return int(text[3:-1]) / 100
-    return 0.5 + (2 / int(text[5:]) if text.startswith("2:4+r") else 0)
+    sparse = sum(work(info, layer)[name] for layer, name in plan)
+    return sparse / sum(map(sum, info.work))
 
 
 # ---- text ----
@@ -270,6 +215,7 @@ class Reference:
                 device="cpu",
                 n_ctx=self.ctx,
                 threads=self.threads,
+                evaluation=True,
             ) as engine,
             engine.session(n_ctx=self.ctx) as session,
         ):
@@ -327,20 +273,33 @@ def study_groups(info: EngineInfo, tokens: int, runs_per_layer: int) -> int:
 def candidates(family: Pattern) -> list[Pattern]:
     """Patterns of a family between a quarter and dense, fewest first."""
     sizes = {family.m * n // 16 for n in (4, 6, 8, 10, 12, 14)} - {0, family.m}
-    patterns = [Pattern(n, family.m, family.suffix) for n in sorted(sizes)]
-    return [pattern for pattern in patterns if pattern.time < 1]
+    return [Pattern(n, family.m, family.suffix) for n in sorted(sizes)]
 
 
-def steps(choices: Sequence[Choice], info: EngineInfo) -> list[tuple[int, Pattern, float, float]]:
+def cell_time(times: TimeModel, info: EngineInfo, cell: Cell, method: str) -> float:
+    """Modelled time of one projection of one layer."""
+    layer, i = cell[0], PROJECTIONS.index(cell[1])
+    return times.projection(method, cell[1], info.work[layer][i], info.matrices[layer][i])
+
+
+def steps(
+    choices: Sequence[Choice], info: EngineInfo, times: TimeModel
+) -> list[tuple[int, Pattern, float, float]]:
     """Steps (choice, its new pattern, KL added, time saved), the most time saved per KL first.
     Within a choice they follow its hull from dense to the fewest kept."""
-    each = work(info)
     found = []
     for index, choice in enumerate(choices):
-        size = each[choice.projection] * len(choice.layers)
+
+        def took(method: str, choice: Choice = choice) -> float:
+            cells = [(il, choice.projection) for il in choice.layers]
+            return sum(cell_time(times, info, cell, method) for cell in cells)
+
+        dense = took("dense")
         points = [(0.0, 0.0, None)]  # time saved, KL, pattern; dense first
         for pattern, kl in reversed(list(zip(choice.patterns, choice.kl, strict=True))):
-            point = (size * (1 - pattern.time), max(kl, points[-1][1]), pattern)
+            point = (dense - took(str(pattern)), max(kl, points[-1][1]), pattern)
+            if point[0] <= points[-1][0]:
+                continue  # costs more and saves nothing
             while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(points[-1], point):
                 points.pop()
             points.append(point)
@@ -387,6 +346,38 @@ def longest(count: int, guess: int, fits: Callable[[int], bool]) -> int:
 # ---- the wish and its fulfilment ----
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a plan may cost, and what it must gain; None: nothing is said."""
+
+    max_kl: float | None = None  # nats per token, from the dense model
+    max_ppl_increase: float | None = None  # percent of the dense model's perplexity
+    min_speedup: float | None = None  # of the layers' projections, modelled
+
+    @property
+    def limits_cost(self) -> bool:
+        return self.max_kl is not None or self.max_ppl_increase is not None
+
+    @property
+    def given(self) -> bool:
+        return self.limits_cost or self.min_speedup is not None
+
+    def allows(self, figures: dict[str, Any]) -> bool:
+        """Whether amber-eval's figures against the dense model are within the cost."""
+        change = 100 * (figures["perplexity"] / figures["reference_perplexity"] - 1)
+        return (self.max_kl is None or figures["kl_mean"] <= self.max_kl) and (
+            self.max_ppl_increase is None or change <= self.max_ppl_increase
+        )
+
+    def near(self, kl: float) -> bool:
+        """Whether a plan of this KL is likely allowed: a perplexity rises by less than exp(KL)
+        where the dense model is right about the text."""
+        limit = math.inf if self.max_kl is None else self.max_kl
+        if self.max_ppl_increase is not None:
+            limit = min(limit, math.log1p(self.max_ppl_increase / 100))
+        return kl <= limit
+
+
 @dataclass(slots=True)
 class Outcome:
     """What goes into the file and into the report."""
@@ -409,19 +400,26 @@ class Wish:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.skip = args.skip
-        if args.max_kl is not None:
+        self.times = TimeModel.read(args.times)
+        self.budget = Budget(args.max_kl, args.max_ppl_increase, args.min_speedup)
+        if self.budget.given:
             self.text = args.sparse or FAMILY
             rule = self.text.partition("#")[0]
             if ";" in self.text or self.text.endswith(".json"):
-                raise ArgumentError("--max-kl: expected one pattern to vary, found a plan")
+                raise ArgumentError("--sparse: expected one pattern to vary, found a plan")
             pattern, at, scope = rule.partition("@")
-            self.family = read_pattern(pattern.split("/")[0])
+            family = read_pattern(pattern.split("/")[0])
+            if not family:
+                raise ArgumentError(
+                    f"--sparse: expected a pattern N:M, N:Mx4 or N:Mx4t2 to vary, found {pattern!r}"
+                )
+            self.family = family
             full = plan_text(self.text, args.criterion, args.mitigation)
             self.methods = "".join(full.split("#")[0].split("@")[0].partition("/")[1:])
             self.scope = scope if at else "all"
             n = candidates(self.family)
             if not n:
-                raise ArgumentError(f"--max-kl: {self.text}: no pattern of this family saves time")
+                raise ArgumentError(f"--sparse: {self.text}: this pattern has no family of others")
             self.text = f"{n[0]}{self.methods}@{self.scope}" + self._layers_of(self.text)
         else:
             self.text = plan_text(args.sparse, args.criterion, args.mitigation)
@@ -465,16 +463,16 @@ class Wish:
             made.tensors |= smooth.shifts(found, static[0])
             made.keys["amber.shift"] = static[0]
         if ranks:
-            shapes = {cell: matrix_shape(cell[1], info) for cell in plan}
+            shapes = {c: info.matrices[c[0]][PROJECTIONS.index(c[1])] for c in plan}
             with bars("factors", "matrix") as bar:
                 made.tensors |= smooth.factors(Source(path), shapes, int(ranks[0]), bar)
         return made
 
     def carry_out(self, path: str, calibration: Text, bars: Bars) -> Outcome:
         """Decides on the plan for the Amber GGUF at `path` and measures it."""
-        args, text, origin = self.args, calibration.text, calibration.origin
+        text, origin = calibration.text, calibration.origin
         info, ctx = calibration.info, calibration.ctx
-        if args.max_kl is None:
+        if not self.budget.given:
             plan, study = self._fixed(path, text, ctx, info, bars)
             result = self._measure(path, plan, text, ctx, bars)
         else:
@@ -492,32 +490,53 @@ class Wish:
         keys: dict[str, Any] = {
             "amber.plan": plan_line,
             "amber.plan.coverage": coverage(plan, info),
-            "amber.plan.modelled_time": modelled_time(plan, info),
+            "amber.plan.modelled_time": self.times.plan(plan, info),
             "amber.plan.calibration": origin,
         }
         keys |= {f"amber.plan.{name}": value for name, value in numbers.items()}
         report = {
             "sparse": result["sparse"],
             "plan": plan_line,
+            "time_model": self.times.name,
             "coverage": coverage(plan, info),
-            "modelled_time": modelled_time(plan, info),
-            "max_kl": args.max_kl,
+            "modelled_time": self.times.plan(plan, info),
+            **asdict(self.budget),
             "calibration": origin,
             **numbers,
-            "layers": self._layers(plan, info),
+            "layers": self._layers(path, plan, calibration, bars, study.pop("costs", {})),
             **study,
         }
         return Outcome(keys, report)
 
-    @staticmethod
-    def _layers(plan: Plan, info: EngineInfo) -> list[dict[str, Any]]:
-        each = work(info)
+    def _layers(
+        self, path: str, plan: Plan, calibration: Text, bars: Bars, costs: dict[Cell, float]
+    ) -> list[dict[str, Any]]:
+        """By layer: coverage, modelled time over dense, and by projection the pattern, e_q,
+        modelled time over dense and, where it was studied, the KL of this projection alone."""
+        info = calibration.info
+        errors: dict[Cell, float] = {}
+        if plan:
+            with bars("output errors", "window") as bar:
+                windows = calibration.windows[:ERROR_WINDOWS]
+                errors = output_errors(
+                    path, compact(plan), plan, windows, self.args.threads, progress=bar
+                )
         rows = []
         for il in range(info.n_layer):
+            each = work(info, il)
             names = [name for name in PROJECTIONS if (il, name) in plan]
-            share = sum(each[name] for name in names) / sum(each.values())
-            patterns = {name: plan.get((il, name), "dense") for name in PROJECTIONS}
-            rows.append({"layer": il, "coverage": share, **patterns})
+            dense = {name: cell_time(self.times, info, (il, name), "dense") for name in each}
+            took = dense | {
+                name: cell_time(self.times, info, (il, name), plan[il, name]) for name in names
+            }
+            rows.append(
+                {"layer": il, "coverage": sum(each[name] for name in names) / sum(each.values())}
+                | {"modelled_time": sum(took.values()) / sum(dense.values())}
+                | {name: plan.get((il, name), "dense") for name in PROJECTIONS}
+                | {"e_q": {name: errors.get((il, name)) for name in names}}
+                | {"time": {name: took[name] / dense[name] for name in names if dense[name]}}
+                | {"kl": {name: costs.get((il, name)) for name in names}}
+            )
         return rows
 
     def _measure(self, path: str, plan: Plan, text: str, ctx: int, bars: Bars) -> dict[str, Any]:
@@ -542,10 +561,9 @@ class Wish:
     def _fixed(
         self, path: str, text: str, ctx: int, info: EngineInfo, bars: Bars
     ) -> tuple[Plan, dict[str, Any]]:
-        preset = PRESETS.get((info.n_layer, info.n_embd, info.n_ff), ())
         if self.skip == "auto":
             return self._auto(path, text, ctx, bars)
-        skip = preset if self.skip in (None, "preset") else layer_list(self.skip)
+        skip = preset(info) if self.skip in (None, "preset") else layer_list(self.skip)
         if max(skip, default=0) >= info.n_layer:
             raise ArgumentError(
                 f"--skip: expected layers within 0-{info.n_layer - 1}, found {max(skip)}"
@@ -600,24 +618,43 @@ class Wish:
                 bar(i + 1, len(runs))
         for choice in choices:
             choice.fill()
-        sequence = steps(choices, info)
+        sequence = steps(choices, info, self.times)
         sums = [0.0]
         for step in sequence:
             sums.append(sums[-1] + step[2])
-        guess = max(i for i, kl in enumerate(sums) if kl <= self.args.max_kl)
+        guess = max(i for i, kl in enumerate(sums) if self.budget.near(kl))
         tried: dict[int, dict[str, Any]] = {}
 
         def fits(n: int) -> bool:
             plan = plan_after(n, sequence, choices, self.methods)
             tried[n] = self._measure(path, plan, text, ctx, bars)
-            return tried[n]["kl_mean"] <= self.args.max_kl
+            return self.budget.allows(tried[n])
 
-        best = longest(len(sequence), guess, fits)
+        def speed(n: int) -> float:
+            return 1 / self.times.plan(plan_after(n, sequence, choices, self.methods), info)
+
+        best = longest(len(sequence), guess, fits) if self.budget.limits_cost else len(sequence)
+        wanted = self.budget.min_speedup
+        if wanted is not None and speed(best) < wanted:
+            within = " within the budget" if self.budget.limits_cost else ""
+            raise AmberError(
+                f"--min-speedup {wanted:g}: the fastest plan of {self.family.m}{self.family.suffix}"
+                f"{within} is {speed(best):.2f} times as fast as dense (allow more, or choose "
+                "another family with --sparse)"
+            )
+        if wanted is not None and not self.budget.limits_cost:
+            best = next(n for n in range(len(sequence) + 1) if speed(n) >= wanted)
         plan = plan_after(best, sequence, choices, self.methods)
         result = tried.get(best) or self._measure(path, plan, text, ctx, bars)
         study = {
             "predicted_kl": sums[best],
-            "time_model": "0.074 + 0.060 N (N of 16)" if self.family.suffix == "x4t2" else "N / M",
+            "costs": {
+                (il, choice.projection): choice.kl[choice.patterns.index(pattern)]
+                / len(choice.layers)
+                for index, pattern in {step[0]: step[1] for step in sequence[:best]}.items()
+                for choice in [choices[index]]
+                for il in choice.layers
+            },
             "tried": [
                 {"steps": n, "predicted_kl": sums[n], "kl_mean": tried[n]["kl_mean"]}
                 for n in sorted(tried)

@@ -61,6 +61,12 @@ def parser() -> argparse.ArgumentParser:
         "--hide-thinking", action="store_true", help="show answers without their thinking block"
     )
     prompt.add_argument("--dump-tokens", action="store_true", help="print the prompt's tokens only")
+    prompt.add_argument(
+        "--session",
+        metavar="FILE",
+        help="keep the KV cache of prompt and answer in a file: a later run computes only what its "
+        "prompt has beyond it",
+    )
 
     model = top.add_argument_group("model")
     model.add_argument("-c", "--ctx", type=int, help="context; 0: the model's (min(4096, that))")
@@ -285,12 +291,18 @@ def run(args: argparse.Namespace) -> int:
                 )
             if engine.chat_template_source.startswith("recognized") and not raw:
                 say(args, f"chat template {template_line(engine)}; --raw or --chat-template choose")
+            if args.session and os.path.exists(args.session):
+                held = engine.load_session(args.session)
+                say(args, f"{args.session}: {held} tokens need not be computed")
             if prompt is None:
                 from .repl import Repl
 
                 say(args, model_line(engine))
                 talk = Repl(engine, params, args.system, raw, bars, variables, args.hide_thinking)
-                return talk.run()
+                code = talk.run()
+                if args.session:
+                    engine.save_session(args.session)
+                return code
             if not raw:
                 system = [{"role": "system", "content": args.system}] if args.system else []
                 turn = {"role": "user", "content": prompt}
@@ -317,6 +329,8 @@ def answer(
     stream = engine.stream(prompt, params)
     code = write_answer(stream, bars, Thinking(prompt) if args.hide_thinking else None)
     result = stream.result
+    if args.session:
+        engine.save_session(args.session)
     if args.json_timings:
         print(json.dumps(result_json(engine, result)), file=sys.stderr)
     else:

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any
 
 from ._lib import (
+    PROJECTIONS,
     Callbacks,
     Handle,
     Log,
@@ -73,6 +74,8 @@ class EngineInfo:
     n_expert: int  # 0: no mixture of experts
     n_expert_used: int
     window: int  # positions that windowed layers see; 0: no such layers
+    work: tuple[tuple[int, ...], ...]  # multiplications by layer and projection, for one token
+    matrices: tuple[tuple[tuple[int, int], ...], ...]  # (n_out, n_in) of their weights; an expert's
     layer_multiplications: int  # of the layers' projections, for one token
     token_bytes: int  # of weight matrices that one token's decoding reads
     sparse_min: int  # prompts with fewer new tokens run dense; NEVER_SPARSE: all of them
@@ -87,6 +90,7 @@ class MemoryEstimate:
     kv_bytes: int
     scratch_bytes: int
     total_bytes: int
+    coverage: float  # as EngineInfo.coverage, of the plan
 
 
 class Engine:
@@ -172,6 +176,7 @@ class Engine:
         )
         with self._handle as pointer:
             lib.amber_engine_set_sparse_min(pointer, c_info.sparse_min)
+            work, matrices = _projections(pointer, c_info.n_layer)
         self._n_ctx = c_info.n_ctx_train if n_ctx == 0 else n_ctx
         # Sessions for generate() and kin, kept for their prefix. They see the engine through a
         # proxy: a cycle would hold its memory until the collector comes by.
@@ -181,6 +186,8 @@ class Engine:
             "path": self.path,
             "precision": precision,
             "has_chat_template": self.chat_template is not None,
+            "work": work,
+            "matrices": matrices,
             **{name: stats[name] for name in ("n_ctx", "kv_bytes", "scratch_bytes")},
         }
         self.info = EngineInfo(**facts)
@@ -296,6 +303,18 @@ class Engine:
         return Session(
             self, n_ctx or self._n_ctx, n_batch or self._n_batch, progress or self._progress, tap
         )
+
+    def save_session(self, path: str | os.PathLike) -> None:
+        """Writes what generate() and kin last held, prompt and answer, to a file: Session.save."""
+        with self._lease() as session:
+            session.save(path)
+
+    def load_session(self, path: str | os.PathLike) -> int:
+        """Lets the next generate() go on from what save_session() wrote: of its prompt, the tokens
+        that the file holds too are not computed again. Returns how many the file holds. Errors: as
+        Session.load."""
+        with self._lease() as session:
+            return session.load(path)
 
     @contextmanager
     def _lease(self) -> Iterator[Session]:
@@ -470,6 +489,20 @@ def _options(
     options.sparse_first_n = sparse_first_n
     options.device = c_device = ffi.new("char[]", device.encode()) if device else ffi.NULL
     return options, (c_isa, c_plan, c_device)
+
+
+def _projections(pointer: Any, n_layer: int) -> tuple[Any, Any]:
+    """EngineInfo.work and EngineInfo.matrices."""
+    work, matrices, matrix = [], [], ffi.new("int32_t[2]")
+    for layer in range(n_layer):
+        row = []
+        for i in range(len(PROJECTIONS)):
+            count = lib.amber_engine_work(pointer, layer, i, matrix)
+            row.append((count, (matrix[0], matrix[1])))
+        counts, shapes = zip(*row, strict=True)
+        work.append(counts)
+        matrices.append(shapes)
+    return tuple(work), tuple(matrices)
 
 
 def _is_batch(prompt: Any) -> bool:

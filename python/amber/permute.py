@@ -13,7 +13,8 @@ sums have no order); the first changes the order of the norms' sums, and a block
 is kept as F16, since its blocks lie along the width.
 
 Activations come from a plain forward pass in numpy, layer by layer; only the choice of the order
-depends on them, not the function.
+depends on them, not the function. They are those of a calibration text, or of tokens drawn at
+random, which asks for nothing but the weights.
 """
 
 import re
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 BLOCK, GROUP = 4, 16  # channels of a block, blocks of a group
 NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 # RoPE of the architectures that pair channel i with i + n/2 (engine/arch.c); others: with i + 1.
-HALVES = ("qwen2",)
-ARCHITECTURES = ("llama", "qwen2")  # whose layers Forward computes
+HALVES = ("qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # whose layers Forward computes
 
 
 @dataclass(slots=True)
@@ -153,7 +154,7 @@ class Forward:
         self.arch = source.reader.fields["general.architecture"].contents()
         if self.arch not in ARCHITECTURES or value("expert_count"):
             raise UnsupportedModelError(
-                f"--permute: expected a model of {' or '.join(ARCHITECTURES)} without experts, "
+                f"--permute: expected a model of {', '.join(ARCHITECTURES)} without experts, "
                 f"found {self.arch}"
             )
         self.n_layer = value("block_count")
@@ -184,6 +185,10 @@ class Forward:
         scale = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.eps)
         return x * scale * self.source.rows(f"{name}.weight")
 
+    def _head_norm(self, name: str, x: "np.ndarray") -> "np.ndarray":
+        """Of each head alone, where the model has such a norm."""
+        return self._norm(name, x) if f"{name}.weight" in self.source.tensors else x
+
     def _rope(self, x: "np.ndarray") -> "np.ndarray":
         """x [windows, tokens, heads, head_dim]"""
         import numpy as np
@@ -208,8 +213,10 @@ class Forward:
 
         n, t, _ = z.shape
         shape = (n, t, -1, self.head_dim)
-        q = self._rope(self._linear(f"blk.{il}.attn_q", z).reshape(shape))
-        k = self._rope(self._linear(f"blk.{il}.attn_k", z).reshape(shape))
+        q = self._linear(f"blk.{il}.attn_q", z).reshape(shape)
+        k = self._linear(f"blk.{il}.attn_k", z).reshape(shape)
+        q = self._rope(self._head_norm(f"blk.{il}.attn_q_norm", q))
+        k = self._rope(self._head_norm(f"blk.{il}.attn_k_norm", k))
         v = self._linear(f"blk.{il}.attn_v", z).reshape(shape)
         out = np.empty_like(q)
         hidden = np.triu(np.full((t, t), -np.inf, np.float32), 1)
@@ -252,6 +259,13 @@ class Forward:
             see(il, "ffn", self._weighted(z, f"blk.{il}.ffn_down"))
             x = x + self._linear(f"blk.{il}.ffn_down", z)
             progress(il + 1, self.n_layer)
+
+
+def random_windows(n_vocab: int, ctx: int, count: int) -> list[list[int]]:
+    """Windows of tokens drawn with equal chance, always the same ones."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, n_vocab, (count, ctx)).tolist()
 
 
 def choose(

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 FORMAT, LAYOUT, ALIGNMENT = 1, "p16k4o128", 64
 PANEL, K_ALIGN = 16, 64  # outputs of a panel; inputs are padded to a multiple
 STATISTICS = 2048  # tokens whose activations choose an order
+RANDOM_CTX = 64  # of a window of random tokens, which later ones do not tell more of
 SLICE_BYTES = 1 << 26  # of float32 rows that are converted at once where no score needs them all
 LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down)(_shexp)?)\.weight")
 EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
@@ -546,7 +547,8 @@ def parser() -> argparse.ArgumentParser:
         "--sparse",
         metavar="PLAN",
         help="what runs sparse in prefill: a pattern such as 8:16x4t2, 8:16@all or 8:16@q,gate, or "
-        "a plan file; with --max-kl the family of patterns to choose from (8:16x4t2)",
+        "a plan file; within a budget (--max-kl and others) the family of patterns to choose from "
+        "(8:16x4t2)",
     )
     top.add_argument("--criterion", help=f"{', '.join(CRITERIA)}: how channels are ranked")
     top.add_argument("--mitigation", help=f"{', '.join(MITIGATIONS)}: what is given back")
@@ -562,6 +564,25 @@ def parser() -> argparse.ArgumentParser:
         metavar="X",
         help="choose the pattern of each projection so that the KL divergence from the dense model "
         "stays within X nats per token",
+    )
+    top.add_argument(
+        "--max-ppl-increase",
+        type=float,
+        metavar="P",
+        help="the same, so that the perplexity rises by P percent at most",
+    )
+    top.add_argument(
+        "--min-speedup",
+        type=float,
+        metavar="X",
+        help="the same, so that the layers' projections are X times as fast by the model of time: "
+        "at the least KL divergence, or as fast as the other budgets allow",
+    )
+    top.add_argument(
+        "--times",
+        metavar="FILE",
+        help="what amber-bench --kernels --json printed: times of this machine's kernels, to model "
+        "speed by (multiplications that are left)",
     )
     top.add_argument(
         "--smooth",
@@ -589,6 +610,13 @@ def parser() -> argparse.ArgumentParser:
         "lose less; the model stays the same function",
     )
     top.add_argument(
+        "--permute-from",
+        choices=("text", "weights"),
+        default="text",
+        help="what chooses the order: activations of the calibration text, or of random tokens, "
+        "which takes the weights alone (text)",
+    )
+    top.add_argument(
         "--calibrate",
         default="self",
         metavar="FILE|self",
@@ -597,7 +625,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("-c", "--ctx", type=int, default=512, help="tokens per window (512)")
     top.add_argument("--chunks", type=int, default=8, help="windows to measure on (8)")
     top.add_argument("-t", "--threads", type=int, help="threads (physical cores)")
-    top.add_argument("--report", metavar="FILE", help="write what was chosen and why, as JSON")
+    top.add_argument(
+        "--report",
+        metavar="FILE",
+        help="write what was chosen and why: as JSON, or under a name in .md as a table by layer",
+    )
     top.add_argument("--json", action="store_true", help="print that as one line of JSON")
     top.add_argument("-q", "--quiet", action="store_true", help="no progress")
     return top
@@ -633,16 +665,20 @@ class Bar:
 
 def check(args: argparse.Namespace) -> None:
     """UsageError for arguments that cannot be meant together, before any work is done."""
-    if args.max_kl is not None and not 0 < args.max_kl < math.inf:
-        raise UsageError(f"--max-kl: expected a number above 0, found {args.max_kl}")
+    for option, least in (("--max-kl", 0), ("--max-ppl-increase", 0), ("--min-speedup", 1)):
+        value = getattr(args, option[2:].replace("-", "_"))
+        if value is not None and not least < value < math.inf:
+            raise UsageError(f"{option}: expected a number above {least}, found {value:g}")
+    budget = args.max_kl, args.max_ppl_increase, args.min_speedup
+    budgeted = any(value is not None for value in budget)
     if args.ctx < 4:
         raise UsageError(f"--ctx: expected 4 or more, found {args.ctx}")
     if args.chunks < 1:
         raise UsageError(f"--chunks: expected 1 or more, found {args.chunks}")
-    planned = args.sparse is not None or args.max_kl is not None
+    planned = args.sparse is not None or budgeted
     if args.type and (planned or args.permute or args.smooth):
         raise UsageError(
-            "--type: expected without --sparse, --max-kl, --smooth and --permute (they are for "
+            "--type: expected without --sparse, budgets, --smooth and --permute (they are for "
             "Amber GGUFs)"
         )
     if args.alpha is not None and not args.smooth:
@@ -651,9 +687,13 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--alpha: expected a number from 0 to 1, found {args.alpha:g}")
     for name in ("criterion", "mitigation"):
         if getattr(args, name) and not planned:
-            raise UsageError(f"--{name}: expected --sparse or --max-kl beside it")
-    if args.skip is not None and (args.sparse is None or args.max_kl is not None):
-        raise UsageError("--skip: expected --sparse beside it, and no --max-kl")
+            raise UsageError(f"--{name}: expected --sparse or a budget beside it")
+    if args.skip is not None and (args.sparse is None or budgeted):
+        raise UsageError("--skip: expected --sparse beside it, and no budget such as --max-kl")
+    if args.permute_from != "text" and not args.permute:
+        raise UsageError("--permute-from: expected --permute beside it")
+    if args.times is not None and not planned:
+        raise UsageError("--times: expected --sparse or a budget beside it")
     if args.sparse in ("off", "auto", ""):
         raise UsageError(
             f"--sparse: expected a pattern or a plan file, found {args.sparse!r} (leave it out for "
@@ -720,7 +760,8 @@ def _from_file(path: str, name: str | None, args: argparse.Namespace) -> dict[st
         return Bar(name, unit, args.quiet)
 
     plan = None
-    if args.sparse or args.max_kl is not None:
+    budget = args.max_kl, args.max_ppl_increase, args.min_speedup
+    if args.sparse or any(value is not None for value in budget):
         plan = calibrate.Wish(args)
         plan.check(path)
     else:
@@ -730,7 +771,8 @@ def _from_file(path: str, name: str | None, args: argparse.Namespace) -> dict[st
     for option in ("permute", "smooth"):
         if getattr(args, option) and source.packed:
             raise AmberError(f"{path}: --{option}: expected a source file, found an Amber GGUF")
-    if plan or args.permute or args.smooth:
+    from_text = args.permute and args.permute_from == "text"
+    if plan or from_text or args.smooth:
         text = calibrate.Text(path, args, bars)
     if args.smooth:
         alpha = smooth.KINDS[args.smooth] if args.alpha is None else args.alpha
@@ -739,10 +781,13 @@ def _from_file(path: str, name: str | None, args: argparse.Namespace) -> dict[st
         source.smoothing = smooth.smooth(source, found, args.smooth, alpha)
         source.smoothing.original_scores = args.scores_from == "original"
     if args.permute:
+        if from_text:
+            windows = text.windows[: max(1, STATISTICS // text.ctx)]
+        else:
+            n_vocab = source.tensors["token_embd.weight"].shape[-1]
+            windows = permute.random_windows(n_vocab, RANDOM_CTX, STATISTICS // RANDOM_CTX)
         with bars("activations", "layer") as bar:
-            source.orders = permute.choose(
-                source, text.windows[: max(1, STATISTICS // text.ctx)], bar
-            )
+            source.orders = permute.choose(source, windows, bar)
     keys = base_keys(source)
     if args.smooth:
         keys |= {"amber.smooth": args.smooth, "amber.smooth.alpha": float(alpha)}
@@ -785,8 +830,8 @@ def summary(report: dict[str, Any]) -> str:
         f"{report['out']}: {report['out_bytes'] / 2**20:.1f} MiB from "
         f"{report['source_bytes'] / 2**20:.1f} MiB in {report['seconds']:.1f} s"
     )
-    if report["sparse"] == "off" and report.get("max_kl"):
-        line += f"\nno pattern stays within a KL of {report['max_kl']:g}: the plan is dense"
+    if report["sparse"] == "off" and report.get("plan"):
+        line += "\nno pattern stays within the budget: the plan is dense"
     if report["sparse"] != "off":
         change = 100 * (report["perplexity"] / report["dense_perplexity"] - 1)
         line += (
@@ -799,13 +844,49 @@ def summary(report: dict[str, Any]) -> str:
     return line
 
 
+def layer_table(report: dict[str, Any]) -> str:
+    """The report in Markdown. A cell: pattern, e_q, KL of this projection alone where it was
+    studied, modelled time over dense."""
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    lines = [summary(report), ""]
+    if not report.get("layers"):
+        return lines[0]
+    lines += [
+        "Cells: pattern, error of the projection's output e_q / KL of the model with it alone / "
+        f"modelled time over dense ({report.get('time_model', 'N / M')}).",
+        "",
+        "| layer | coverage | time | KL | " + " | ".join(names) + " |",
+        "|" + " --- |" * (len(names) + 4),
+    ]
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    for row in report["layers"]:
+        known = [kl for kl in row["kl"].values() if kl is not None]
+        cells = [str(row["layer"]), f"{100 * row['coverage']:.0f} %"]
+        cells += [f"{row['modelled_time']:.2f}", number(sum(known) if known else None, ".2g")]
+        for name in names:
+            if name not in row["time"]:
+                cells.append(row[name])
+                continue
+            figures = (
+                (row["e_q"][name], ".3f"),
+                (row["kl"][name], ".2g"),
+                (row["time"][name], ".2f"),
+            )
+            cells.append(f"{row[name]} " + " / ".join(number(*figure) for figure in figures))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def run(args: argparse.Namespace) -> int:
     check(args)
     report = quantize(args)
     if args.report:
         with open(args.report, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
+            markdown = args.report.endswith(".md")
+            file.write((layer_table(report) if markdown else json.dumps(report, indent=1)) + "\n")
     print(json.dumps(report) if args.json else summary(report), flush=True)
     return 0
 

@@ -1,5 +1,6 @@
 """One timeline of tokens with its KV cache."""
 
+import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -7,7 +8,17 @@ from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ._lib import Callbacks, Progress, Tap, ffi, float_array, lib, new_struct, struct_fields
+from ._lib import (
+    PROJECTIONS,
+    Callbacks,
+    Progress,
+    Tap,
+    ffi,
+    float_array,
+    lib,
+    new_struct,
+    struct_fields,
+)
 from .errors import AmberError, ContextOverflowError
 from .generate import Result, Stream
 from .sampling import Sampler, SamplingParams
@@ -145,6 +156,54 @@ class Session:
             )
             self._callbacks.check(status, err)
         return float_array(raw, *shape)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the tokens it holds, their KV cache and its logits to a file. FileError where that
+        fails; an older file then stays."""
+        err = ffi.new("amber_error *")
+        with self._use() as pointer:
+            raw = os.fsencode(path)
+            self._callbacks.check(lib.amber_session_save(pointer, raw, err), err)
+
+    def load(self, path: str | os.PathLike) -> int:
+        """Holds from now on what save() wrote; returns how many tokens that is. A later sync() or
+        generate() computes only what its prompt has beyond them.
+
+        Errors, which leave the session as it was: FileError, FileFormatError, ArgumentError where
+        the file comes from another model, precision or sparsity plan, AmberError where it holds
+        more tokens than n_ctx.
+        """
+        self._owner = None
+        err = ffi.new("amber_error *")
+        with self._use() as pointer:
+            raw = os.fsencode(path)
+            self._callbacks.check(lib.amber_session_load(pointer, raw, err), err)
+            return lib.amber_session_length(pointer)
+
+    def project(
+        self, layer: int, projection: str, rows: Any, n_out: int, pruned: bool = True
+    ) -> Any:
+        """What one linear layer makes of rows [n, n_in] float32 as a tap shows them: [n, n_out]
+        float32, as prefill does under the engine's plan for a prompt of these rows; without pruned,
+        dense. The session's tokens stay. Needs numpy. ArgumentError where the layer has no such
+        matrix, as for experts, or another shape."""
+        import numpy as np
+
+        if projection not in PROJECTIONS:
+            raise ValueError(
+                f"projection: expected one of {', '.join(PROJECTIONS)}, found {projection!r}"
+            )
+        x = np.ascontiguousarray(rows, np.float32)
+        if x.ndim != 2:
+            raise ValueError(f"rows: expected 2 dimensions, found {x.ndim}")
+        out, err = np.empty((len(x), n_out), np.float32), ffi.new("amber_error *")
+        with self._use() as pointer:
+            status = lib.amber_session_project(
+                pointer, layer, PROJECTIONS.index(projection), len(x), x.shape[1], n_out,
+                ffi.from_buffer("float[]", x), pruned, ffi.from_buffer("float[]", out), err,
+            )  # fmt: skip
+            self._callbacks.check(status, err)
+        return out
 
     @property
     def logits(self) -> Any:
