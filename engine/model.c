@@ -426,7 +426,8 @@ static amber_status load_floats(struct loader *ld, const char *name, int n_out, 
     amber_status status = find_weight(ld->m->file, name, n_out, n_in, &t, ld->err);
     if (status != AMBER_OK) return status;
     const int64_t n = (int64_t)n_in * amber_max(n_out, 1);
-    float *v = model_keep(ld->m, sizeof *v * (size_t)n);
+    const int64_t kept = amber_round_up(n_in, AMBER_PANEL) * amber_max(n_out, 1);
+    float *v = model_keep(ld->m, sizeof *v * (size_t)kept);
     if (!v) return no_memory(ld, name, n * (int64_t)sizeof *v);
     type_info(t->type)->to_float(t->data, v, n);
     ld->m->n_params += n;

@@ -1,6 +1,8 @@
 """Every architecture against transformers: tiny models of random weights in tests/golden, made by
 tools/make_architectures.py, which says how."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,79 +11,82 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 import amber
 import make_architectures as maker
+from architecture_checks import (
+    GOLDEN,
+    float_errors,
+    int8_divergences,
+    kl,
+    mixture,
+    relative,
+)
 
-GOLDEN = Path(__file__).parent / "golden"
 # Float32 rounding of both sides, and the golden files' half precision (2^-11).
 FLOAT_BOUND = 1e-3
-# What rounding to INT8 costs these models, whose weights have no structure. Longrope from a context
-# of 4 sharpens attention fourfold, and with it every error.
-INT8_KL = {"phi3-long": 0.2}
-
-
-def relative(ours: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
-
-
-def golden(name: str) -> tuple[Path, dict[str, np.ndarray]]:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        return GOLDEN / f"{name}.gguf", {k: file[k].astype(np.float64) for k in file.files}
-
-
-def mixture(engine: amber.Engine, tokens: list[int]) -> np.ndarray:
-    """Logits of the last token, from batches of several sizes and single tokens, with a rewind."""
-    with engine.session(n_ctx=256, n_batch=16) as session:
-        n = len(tokens)
-        session.sync(tokens[: n // 2])
-        for token in tokens[n // 2 : n - 1]:
-            session.append(token)
-        session.rewind(n // 3)
-        session.sync(tokens[: n - 1])
-        session.append(tokens[-1])
-        return np.array(session.logits)
-
-
-def kl(ours: np.ndarray, expected: np.ndarray) -> float:
-    """Mean Kullback-Leibler divergence of our next-token distributions from the expected ones."""
-    p, q = (
-        x
-        - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        - x.max(-1, keepdims=True)
-        for x in (expected, ours.astype(np.float64))
-    )
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
+# What rounding to INT8 costs these models, whose weights have no structure: KL divergence, dense
+# and pruned, about twice of what was measured (tools/architecture_table.py). Near ties change
+# masks, which costs most where attention is sharp: longrope from a context of 4 sharpens it
+# fourfold, and SmolLM3's layers without RoPE see far.
+INT8_KL = {
+    "llama": (0.003, 0.05),
+    "mistral": (0.003, 0.07),
+    "qwen2": (0.03, 0.5),
+    "qwen3": (0.001, 0.02),
+    "mixtral": (0.04, 0.06),
+    "qwen2moe": (0.02, 0.06),
+    "qwen3moe": (0.004, 0.03),
+    "gemma": (0.002, 0.03),
+    "gemma2": (0.001, 0.02),
+    "gemma3": (0.002, 0.05),
+    "phi3": (0.003, 0.07),
+    "phi3-long": (0.3, 0.8),
+    "phi3-short": (0.004, 0.05),
+    "smollm3": (0.05, 2),
+    "olmo2": (0.002, 0.05),
+    "granite": (0.001, 0.001),
+    "starcoder2": (0.005, 0.05),
+    "stablelm": (0.002, 0.05),
+    "stablelm-12b": (0.002, 0.02),
+    "olmo3": (0.003, 0.05),
+    "olmoe": (0.01, 0.03),
+    "granitemoe": (0.001, 0.001),
+    "phi2": (0.001, 0.007),
+    "command-r": (0.003, 0.06),
+    "cohere2": (0.007, 0.1),
+    "glm4": (0.003, 0.04),
+    "ernie4_5": (0.02, 0.5),
+    "seed_oss": (0.003, 0.06),
+    "gpt-oss": (0.03, 0.3),
+    "chatglm": (0.003, 0.07),
+    "glm4moe": (0.003, 0.2),
+    "ernie4_5-moe": (0.004, 0.2),
+    "exaone4": (0.003, 0.1),
+    "exaone4-small": (0.008, 0.3),
+    "hunyuan-dense": (0.002, 0.04),
+    "hunyuan-moe": (0.002, 0.04),
+    "mistral3": (0.003, 0.05),
+    "arcee": (0.002, 0.004),
+    "nemotron": (0.002, 0.004),
+    "dots1": (0.02, 0.2),
+    "minimax-m2": (0.04, 0.03),
+    "qwen2vl": (0.003, 0.06),
+    "qwen3vl": (0.002, 0.05),
+    "qwen3vlmoe": (0.06, 0.05),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", maker.CASES)
 def test_float_logits(name: str) -> None:
-    path, expected = golden(name)
-    with amber.Engine(path, precision="float", n_ctx=256) as engine:
-        for i, tokens in enumerate(maker.prompts(name)[:-1]):
-            rows = maker.kept_rows(len(tokens))
-            ours = engine.logits(tokens, all=True)[rows]
-            assert relative(ours, expected[f"dense {i}"]) < FLOAT_BOUND, (i, len(tokens))
-            last = expected[f"dense {i}"][-1]
-            assert relative(mixture(engine, tokens), last) < FLOAT_BOUND, (i, len(tokens))
-
-
-@pytest.mark.parametrize("name", maker.CASES)
-@pytest.mark.parametrize("pattern", maker.PATTERNS)
-def test_sparse_logits(name: str, pattern: str) -> None:
-    """The paper's policy: q, gate and down, all layers, |x|."""
-    path, expected = golden(name)
-    rows = maker.kept_rows(maker.SPARSE_LENGTH)
-    tokens = maker.prompts(name)[-1]
-    with amber.Engine(path, precision="float", sparse=f"{pattern}/act", n_ctx=256) as engine:
-        assert relative(engine.logits(tokens, all=True)[rows], expected[pattern]) < FLOAT_BOUND
+    """Dense, and pruned by the paper's policy: q, gate and down, all layers, |x|."""
+    errors = float_errors(name)
+    assert max(errors.values()) < FLOAT_BOUND, errors
 
 
 @pytest.mark.parametrize("name", maker.CASES)
 def test_int8_logits(name: str) -> None:
-    path, expected = golden(name)
-    rows = maker.kept_rows(maker.LENGTHS[-1])
-    tokens = maker.prompts(name)[-2]
-    with amber.Engine(path, n_ctx=256) as engine:
-        ours = engine.logits(tokens, all=True)[rows]
-    assert kl(ours, expected["dense 2"]) < INT8_KL.get(name, 0.05)
+    found = int8_divergences(name)
+    dense, sparse = INT8_KL[name]
+    assert found.pop("dense") < dense
+    assert max(found.values()) < sparse, found
 
 
 @pytest.mark.parametrize("name", maker.CASES)
@@ -195,6 +200,18 @@ def test_unknown_architecture(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(amber.UnsupportedModelError, match='"mamba".*llama.*qwen3moe.*gemma3'):
         amber.Engine(path)
+
+
+def test_memory_of_a_long_prompt() -> None:
+    """A prompt of 32768 tokens takes what the estimate says, windows included."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux")
+    done = subprocess.run(
+        [sys.executable, Path(maker.__file__).with_name("check_memory.py"), "--shape",
+         "small-windows"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_windowed_layers_hold_a_window() -> None:

@@ -1,6 +1,6 @@
 """Memory that a long prompt takes, against the estimate that is printed before it.
 
-    python tools/check_memory.py [--tokens 32768] [--model FILE ...]
+    python tools/check_memory.py [--tokens 32768] [--shape NAME ...] [--model FILE ...]
 
 Without --model: a small Llama, and a small Gemma 3, of whose layers five in six see a window, both
 with random weights. Each model reads a prompt of so many tokens in a process of its own, whose
@@ -18,6 +18,8 @@ import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+
+import numpy  # noqa: F401 - before anything is measured: logits come in its arrays
 
 import amber
 
@@ -99,6 +101,8 @@ def check(path: Path, name: str, n: int) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--shape", nargs="*", default=["small", "small-windows"],
+                        help="of make_synthetic.py")  # fmt: skip
     parser.add_argument("--model", type=Path, nargs="*", default=[])
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -108,7 +112,7 @@ def main() -> int:
     held = [check(path, path.name, args.tokens) for path in args.model]
     if not args.model:
         maker = Path(__file__).with_name("make_synthetic.py")
-        for shape in ("small", "small-windows"):
+        for shape in args.shape:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"{shape}.gguf"
                 subprocess.run(
