@@ -663,6 +663,33 @@ def test_order_is_a_permutation_in_blocks(k: int) -> None:
             assert np.array_equal(order, np.arange(k))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "layout"),
+    [
+        ("2:4", permute.Layout(1, 4)),
+        ("8:16x", permute.Layout(1, 16)),
+        ("12:16x4t2", permute.Layout(4, 16)),
+        ("8:32x4", permute.Layout(4, 32)),
+        ("2:4+r32", permute.Layout(1, 32, True)),
+        ("top30%", permute.Layout()),
+    ],
+)
+def test_order_for_a_pattern(pattern: str, layout: permute.Layout) -> None:
+    """Single channels of unequal size are spread over the groups, and in a window with relief the
+    largest of four comes first."""
+    assert permute.Layout.of(pattern) == layout
+    if layout.block > 1:
+        return
+    order = permute.order(np.diag(np.arange(1.0, 257.0)), layout)
+    assert sorted(order) == list(range(256))
+    groups = 256 // layout.group
+    # The channels come in rising size: of every stretch of as many as there are groups, each group
+    # has one.
+    assert (np.sort(order.reshape(groups, -1) // groups, axis=1) == np.arange(layout.group)).all()
+    if layout.relief:
+        assert (order.reshape(-1, 4).argmax(axis=1) == 0).all()
+
+
 def test_permute_keeps_more(testdata: Path, tmp_path: Path) -> None:
     """Down and o, whose orders keep the most energy, cost less under the same block pattern, on
     text that did not choose the order. The dense perplexity moves by INT8 rounding alone."""

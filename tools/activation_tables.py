@@ -95,31 +95,19 @@ def in_order(order: np.ndarray, mask: Callable[[np.ndarray], np.ndarray], x: np.
     return kept
 
 
-def quads(seen: np.ndarray, groups: int = 16) -> np.ndarray:
-    """Channels by mean energy; neighbours form a block of four; blocks are dealt in turn."""
+def by_energy(seen: np.ndarray, channels: int, m: int) -> np.ndarray:
+    """Channels by mean energy; neighbours form a block; blocks are dealt in turn to the groups of
+    m, so that every group spans the whole range."""
     ranked = np.argsort(-np.mean(seen * seen, axis=0), kind="stable")
-    if len(ranked) % 4:
+    if len(ranked) % channels:
         return ranked
-    made = ranked.reshape(-1, 4)
-    return made[deal(len(made), max(1, len(made) // groups))].ravel()
+    made = ranked.reshape(-1, channels)
+    return made[permute.deal(len(made), max(1, len(made) // m))].ravel()
 
 
-def deal(count: int, piles: int) -> np.ndarray:
-    """0..count - 1 dealt to piles back and forth, pile after pile."""
-    turn, place = np.divmod(np.arange(count), piles)
-    pile = np.where(turn % 2 == 0, place, piles - 1 - place)
-    return np.lexsort((turn, pile))
-
-
-def spread(seen: np.ndarray, window: int) -> np.ndarray:
-    """Channels by mean energy dealt to windows, and in a window to its groups of four, so that the
-    largest comes first in its group."""
-    ranked = np.argsort(-np.mean(seen * seen, axis=0), kind="stable")
-    if len(ranked) % window:
-        return ranked
-    dealt = ranked[deal(len(ranked), len(ranked) // window)].reshape(-1, window)
-    inside = deal(window, window // 4)
-    return dealt[:, inside].ravel()
+def spread(seen: np.ndarray, text: str) -> np.ndarray:
+    """As amber-quantize --permute spreads single channels for a pattern."""
+    return permute.order(permute.together(seen, centred=False), permute.Layout.of(text))
 
 
 def pattern(n: int, m: int, channels: int = 1, tokens: int = 1, order: bool = False) -> Mask:
@@ -127,7 +115,7 @@ def pattern(n: int, m: int, channels: int = 1, tokens: int = 1, order: bool = Fa
         def choose(x: np.ndarray) -> np.ndarray:
             return blocks(x, n, m, channels, tokens)
 
-        return in_order(quads(i.seen), choose, i.x) if order else choose(i.x)
+        return in_order(by_energy(i.seen, channels, m), choose, i.x) if order else choose(i.x)
 
     return mask
 
@@ -197,11 +185,11 @@ ENERGY: list[tuple[str, Mask]] = [
     ("8:16", pattern(8, 16)),
     ("16:32", pattern(16, 32)),
     ("unstructured 50 %", lambda i: largest(np.abs(i.x), i.x.shape[1] // 2)),
-    ("2:4, order", lambda i: in_order(spread(i.seen, 4), lambda x: blocks(x, 2, 4), i.x)),
+    ("2:4, order", lambda i: in_order(spread(i.seen, "2:4"), lambda x: blocks(x, 2, 4), i.x)),
     ("2:4+r32", lambda i: relief(i.x, 32)),
-    ("2:4+r32, order", lambda i: in_order(spread(i.seen, 32), lambda x: relief(x, 32), i.x)),
+    ("2:4+r32, order", lambda i: in_order(spread(i.seen, "2:4+r32"), lambda x: relief(x, 32), i.x)),
     ("2:4+r16", lambda i: relief(i.x, 16)),
-    ("2:4+r16, order", lambda i: in_order(spread(i.seen, 16), lambda x: relief(x, 16), i.x)),
+    ("2:4+r16, order", lambda i: in_order(spread(i.seen, "2:4+r16"), lambda x: relief(x, 16), i.x)),
     ("6:8", pattern(6, 8)),
     ("quarter dense + 2:4", heaviest_dense),
 ]

@@ -99,16 +99,12 @@ class Table:
         model = self.setup.model
         self.measure("pattern", "float32, dense", model, "off", precision="float")
         self.measure("pattern", "INT8, dense", model, "off")
-        ordered, _ = self.setup.quantize("--permute")
-        alone, _ = self.setup.quantize("--permute", "--permute-from", "weights")
-        self.measure("pattern", "INT8, dense, channels in order", ordered, "off")
         for pattern in PATTERNS:
             self.measure("pattern", f"{pattern}, every projection", model, f"{pattern}@all")
             self.measure("pattern", f"{pattern}, policy", model, pattern)
-            self.measure("pattern", f"{pattern}, policy, in order", ordered, pattern)
-            if "x4" in pattern or "+r" in pattern:
-                label = f"{pattern}, policy, in order by weights"
-                self.measure("pattern", label, alone, pattern)
+            for options, label in ((), ""), (("--permute-from", "weights"), " by weights alone"):
+                out, _ = self.setup.quantize("--sparse", pattern, "--permute", *options)
+                self.measure("pattern", f"{pattern}, policy, in order{label}", out, "auto")
             if pattern in BUDGETED:
                 self.budgeted(pattern)
 

@@ -1,7 +1,8 @@
-"""Channel orders that make block patterns cheaper, chosen from activations and folded into weights.
+"""Channel orders that make patterns cheaper, chosen from activations and folded into weights.
 
 A block pattern (N:16x4) keeps four neighbouring channels or none of them, so it loses least where
-channels that are large for the same tokens stand together. Three orders are free at run time:
+channels that are large for the same tokens stand together. A pattern of single channels (2:4) loses
+least where every group has its share of large ones. Three orders are free at run time:
 
     residual  one order of the width for the whole model: columns of what reads the residual stream,
               rows of what writes it, norms and embedding
@@ -120,24 +121,56 @@ def blocks(shared: "np.ndarray") -> "np.ndarray":
     return np.array(made)
 
 
-def order(shared: "np.ndarray") -> "np.ndarray":
+def deal(count: int, piles: int) -> "np.ndarray":
+    """0..count - 1 dealt to piles back and forth, pile after pile."""
+    import numpy as np
+
+    turn, place = np.divmod(np.arange(count), piles)
+    return np.lexsort((turn, np.where(turn % 2 == 0, place, piles - 1 - place)))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a pattern looks at together: groups of `group` blocks of `block` channels; of 2:4 with
+    relief windows, `group` channels of a window."""
+
+    block: int = BLOCK
+    group: int = GROUP
+    relief: bool = False
+
+    @classmethod
+    def of(cls, pattern: str) -> "Layout":
+        """Of a pattern's text. Single channels are spread over the groups, so that none holds many
+        large ones; blocks are made of channels that are large together."""
+        relief = re.fullmatch(r"2:4\+r(\d+)", pattern)
+        if relief:
+            return cls(1, int(relief[1]), True)
+        found = re.fullmatch(r"(?:\d+:)?(\d+)(x4t2|x4|x)?", pattern)
+        if not found or (found[2] or "x") != "x":
+            return cls(BLOCK, int(found[1]) if found else GROUP)
+        return cls(1, int(found[1]))
+
+
+def order(shared: "np.ndarray", layout: Layout = Layout()) -> "np.ndarray":
     """The order of k channels: their blocks dealt to the groups from the largest to the smallest,
     back and forth, so that every group has its share of large ones. Widths that do not come in
     blocks stay as they are."""
     import numpy as np
 
-    if len(shared) % BLOCK:
+    if len(shared) % layout.block:
         return np.arange(len(shared))
-    made = blocks(shared)
+    made = blocks(shared) if layout.block > 1 else np.arange(len(shared))[:, None]
     energy = np.diagonal(shared)[made].sum(axis=1)
-    n_groups = max(1, len(made) // GROUP)
+    n_groups = max(1, len(made) // layout.group)
     groups: list[list[int]] = [[] for _ in range(n_groups)]
     for rank, index in enumerate(np.argsort(-energy, kind="stable")):
         turn, place = divmod(rank, n_groups)
         groups[place if turn % 2 == 0 else n_groups - 1 - place].append(index)
+    if layout.relief:  # in a window the same again, the largest of every four first
+        groups = [[group[i] for i in deal(len(group), max(1, len(group) // 4))] for group in groups]
     # A group that got more than it holds passes the rest on: sizes differ where k has a ragged end.
-    flat = [index for group in groups for index in group[:GROUP]]
-    flat += [index for group in groups for index in group[GROUP:]]
+    flat = [index for group in groups for index in group[: layout.group]]
+    flat += [index for group in groups for index in group[layout.group :]]
     return made[flat].ravel()
 
 
@@ -269,7 +302,10 @@ def random_windows(n_vocab: int, ctx: int, count: int) -> list[list[int]]:
 
 
 def choose(
-    source: "Source", windows: Sequence[Sequence[int]], progress: Callable[[int, int], Any]
+    source: "Source",
+    windows: Sequence[Sequence[int]],
+    progress: Callable[[int, int], Any],
+    layout: Layout = Layout(),
 ) -> Orders:
     """The orders for a model from its activations on some windows of equal length."""
     import numpy as np
@@ -283,9 +319,9 @@ def choose(
     def see(_il: int, what: str, rows: "np.ndarray") -> None:
         nonlocal residual
         if what == "residual":
-            residual = residual + together(rows, centred=True)
+            residual = residual + together(rows, centred=layout.block > 1)
         elif what == "ffn":
-            orders.ffn.append(order(together(rows, centred=False)))
+            orders.ffn.append(order(together(rows, centred=False), layout))
         else:
             shared = together(rows, centred=False)
             values, outputs = [], []
@@ -293,12 +329,12 @@ def choose(
                 heads = range(g * per_kv, (g + 1) * per_kv)
                 inside = sum(shared[h * size : (h + 1) * size, h * size : (h + 1) * size]
                              for h in heads)  # fmt: skip
-                new = order(inside)
+                new = order(inside, layout)
                 values.append(g * size + new)
                 outputs += [h * size + new for h in heads]
             orders.values.append(np.concatenate(values))
             orders.outputs.append(np.concatenate(outputs))
 
     forward.run(windows, see, progress)
-    orders.residual = order(residual)
+    orders.residual = order(residual, layout)
     return orders

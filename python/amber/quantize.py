@@ -606,8 +606,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--permute",
         action="store_true",
-        help="put channels that are large together side by side, so that block patterns (N:16x4) "
-        "lose less; the model stays the same function",
+        help="put channels in an order in which the pattern of --sparse (N:16x4) loses less: those "
+        "that are large together side by side for blocks, apart for single channels; the model "
+        "stays the same function",
     )
     top.add_argument(
         "--permute-from",
@@ -786,8 +787,10 @@ def _from_file(path: str, name: str | None, args: argparse.Namespace) -> dict[st
         else:
             n_vocab = source.tensors["token_embd.weight"].shape[-1]
             windows = permute.random_windows(n_vocab, RANDOM_CTX, STATISTICS // RANDOM_CTX)
+        first = re.split("[;@#/]", plan.text)[0] if plan else ""
+        layout = permute.Layout.of(first.strip()) if first else permute.Layout()
         with bars("activations", "layer") as bar:
-            source.orders = permute.choose(source, windows, bar)
+            source.orders = permute.choose(source, windows, bar, layout)
     keys = base_keys(source)
     if args.smooth:
         keys |= {"amber.smooth": args.smooth, "amber.smooth.alpha": float(alpha)}
