@@ -9,9 +9,10 @@ import pytest
 import amber
 import make_chat_golden as maker
 from amber import chat
+from amber.channels import AnswerText, without_thoughts
 from amber.chat import ChatTemplate, Thinking, apply_template, fold_system
 from amber.chat_families import FAMILIES, recognize
-from gguf_bytes import F32, I32, STRING, Image
+from gguf_bytes import BOOL, F32, I32, STRING, Image
 
 EXPECTED = json.loads((maker.FOLDER / "expected.json").read_text(encoding="utf-8"))
 SPECIAL = maker.SPECIAL
@@ -296,13 +297,16 @@ def test_continued_message(engine):
 # ---- files without a template ----
 
 
-def vocabulary(path, *tokens, template=None):
+def vocabulary(path, *tokens, template=None, plain=0):
+    """Tokens are control ones, but for so many at the end."""
     image = Image()
     image.key("tokenizer.ggml.model", STRING, "llama")
-    texts = ["<unk>", "<s>", "</s>", "a", *tokens]
+    texts = ["<unk>", "<s>", "</s>", "a", *tokens, *(["\u2581"] if plain else [])]
     image.array("tokenizer.ggml.tokens", STRING, texts)
     image.array("tokenizer.ggml.scores", F32, [0.0] * len(texts))
-    image.array("tokenizer.ggml.token_type", I32, [2, 3, 3, 1] + [3] * len(tokens))
+    image.key("tokenizer.ggml.add_space_prefix", BOOL, False)
+    kinds = [3] * (len(tokens) - plain) + [1] * (plain + bool(plain))
+    image.array("tokenizer.ggml.token_type", I32, [2, 3, 3, 1, *kinds])
     path.write_bytes(image.finish())
     return amber.Tokenizer(path)
 
@@ -327,34 +331,41 @@ def test_engine_chooses_a_template(demo_model):
         assert engine.apply_chat_template(MESSAGES).endswith("USER: And now?\nASSISTANT:")
 
 
+def marked_model(path, marks, plain, **templates):
+    """A whole model whose last tokens are marks, so many of them plain text, with templates."""
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(maker.FOLDER.parent / "golden" / "llama.gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    for field in reader.fields.values():
+        value = field.contents()
+        if field.name.startswith(("GGUF.", "general.arch", "tokenizer.chat")):
+            continue
+        if field.name == "tokenizer.ggml.tokens":
+            value[-len(marks) :] = marks
+        if field.name == "tokenizer.ggml.token_type":
+            value[-len(marks) :] = [3] * (len(marks) - plain) + [1] * plain
+        kinds = [kind.name for kind in field.types]
+        if kinds[0] == "ARRAY":
+            writer.add_array(field.name, value)
+        else:
+            writer.add_key_value(field.name, value, field.types[0])
+    for name, template in templates.items():
+        writer.add_string("tokenizer." + name.replace("__", "."), template)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def test_engine_recognizes_a_family(tmp_path):
     """A whole model whose vocabulary has ChatML's marks, with no template and with two."""
-    gguf = pytest.importorskip("gguf")
-    golden = maker.FOLDER.parent / "golden" / "llama.gguf"
+    marks = ["<|im_start|>", "<|im_end|>"]
 
     def write(path, **templates):
-        reader = gguf.GGUFReader(golden)
-        writer = gguf.GGUFWriter(path, "llama")
-        for field in reader.fields.values():
-            value = field.contents()
-            if field.name.startswith(("GGUF.", "general.arch", "tokenizer.chat")):
-                continue
-            if field.name == "tokenizer.ggml.tokens":
-                value[-2:] = ["<|im_start|>", "<|im_end|>"]
-            kinds = [kind.name for kind in field.types]
-            if kinds[0] == "ARRAY":
-                writer.add_array(field.name, value)
-            else:
-                writer.add_key_value(field.name, value, field.types[0])
-        for name, template in templates.items():
-            writer.add_string("tokenizer." + name.replace("__", "."), template)
-        for tensor in reader.tensors:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return amber.Engine(path)
+        return amber.Engine(marked_model(path, marks, 0, **templates))
 
     with write(tmp_path / "none.gguf") as engine:
         assert engine.chat_template_source == "recognized: chatml"
@@ -403,3 +414,69 @@ def test_thinking_is_left_out(size, prompt, answer, shown):
     text = "".join(thinking.push(piece) for piece in pieces)
     assert text + thinking.finish() == shown
     assert thinking.inside == (shown == "" and answer != "")
+
+
+# ---- channels ----
+
+HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
+ANSWERS = [
+    ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
+     "<think>\nHm.\n</think>\n\nYes."),
+    ("<|channel|>final<|message|>Yes.", "Yes."),
+    ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b",
+     "<think>\na\n\nb"),
+    ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary to=functions.f "
+     "<|message|>{}",
+     "<think>\na\n</think>\n\nassistant<|channel|>commentary to=functions.f <|message|>{}"),
+    ("Plain <text>", "Plain <text>"),
+    ("<|channel|>final<|message|>One.<|end|><|start|>assistant<|channel|>final<|message|>Two.",
+     "One.\n\nTwo."),
+    ("<|channel|>anal", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "shown"), ANSWERS)
+def test_channels_become_a_thinking_block(tmp_path, answer, shown):
+    tokens = sorted({*(c for c in answer), *"x"} - {"a"})
+    path = tmp_path / "v.gguf"
+    tokenizer = vocabulary(path, *HARMONY, *tokens, plain=len(tokens))
+    ids = tokenizer.encode(answer, add_special=False, parse_special=True)
+    with AnswerText(tokenizer) as text:
+        got = "".join([*map(text.push, ids), text.finish()])
+    assert got == shown
+    thoughts, closed, rest = got.removeprefix("<think>\n").partition("\n</think>\n\n")
+    if closed:
+        message = {"role": "assistant", "content": got}
+        want = {"role": "assistant", "content": rest, "thinking": thoughts}
+        assert without_thoughts(message) == want
+    hidden = Thinking()
+    assert "Hm." not in hidden.push(got) + hidden.finish()
+
+
+def test_marks_of_thoughts_that_are_control_tokens(tmp_path):
+    tokenizer = vocabulary(tmp_path / "v.gguf", "[THINK]", "[/THINK]", "b", plain=1)
+    ids = [tokenizer.token_id(t) for t in ("[THINK]", "a", "[/THINK]", "b")]
+    with AnswerText(tokenizer) as text:
+        got = "".join([*map(text.push, ids), text.finish()])
+    assert got == "[THINK]a[/THINK]b"
+    hidden = Thinking()
+    assert hidden.push(got) + hidden.finish() == "b"
+
+
+def test_answer_in_channels(tmp_path, monkeypatch):
+    """Through the whole engine: what is sampled is scripted."""
+    template = (maker.FOLDER / "channels.jinja").read_text()
+    marks = [*HARMONY, "Hm", "analysis", "final", "assistant", "Yes"]
+    path = marked_model(tmp_path / "m.gguf", marks, 5, chat_template=template)
+    script = ["<|channel|>", "analysis", "<|message|>", "Hm", "<|end|>", "<|start|>", "assistant",
+              "<|channel|>", "final", "<|message|>", "Yes", "<|return|>"]  # fmt: skip
+    with amber.Engine(path) as engine:
+        ids = iter([engine.tokenizer.token_id(t) for t in script])
+        monkeypatch.setattr(amber.Session, "_sample", lambda _self, _sampler: next(ids))
+        result = engine.generate([{"role": "user", "content": "a"}], max_tokens=20)
+        assert result.text == "<think>\nHm\n</think>\n\nYes"
+        assert (result.finish_reason, result.stop_reason) == ("stop", "<|return|>")
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": result.text},
+                 {"role": "user", "content": "b"}]  # fmt: skip
+        text = engine.apply_chat_template(turns)
+    assert "Hm" not in text and "<|channel|>final<|message|>Yes<|end|>" in text

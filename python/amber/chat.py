@@ -122,6 +122,7 @@ THINKING = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
     ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
 )
 
 

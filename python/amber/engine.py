@@ -24,6 +24,7 @@ from ._lib import (
     struct_fields,
     text,
 )
+from .channels import CHANNEL, without_thoughts
 from .chat import Messages, apply_template
 from .chat_families import FAMILIES, recognize
 from .errors import ChatTemplateError
@@ -377,6 +378,8 @@ class Engine:
             )
         if tools and template == self._meta("tokenizer.chat_template"):
             template = self._meta("tokenizer.chat_template.tool_use") or template
+        if CHANNEL in template:
+            messages = [without_thoughts(message) for message in messages]
         return apply_template(
             template,
             messages,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from .channels import AnswerText
 from .errors import AmberError, Cancelled
 from .sampling import Sampler, SamplingParams
 
@@ -163,7 +164,7 @@ class Stream:
             for token in tokens:
                 sampler.accept(token)
             stops = StopStrings(params.stop)
-            with tokenizer.stream(continues=True) as decoder:
+            with AnswerText(tokenizer) as decoder:
                 while len(result.token_ids) < limit:
                     begun = perf_counter()
                     if result.token_ids:
