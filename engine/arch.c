@@ -71,6 +71,9 @@ static const struct arch architectures[] = {
      .rope_halves = true,
      .window_period = 4,
      .rope_windowed = true},
+    {.name = "exaone", .rope_halves = true},
+    {.name = "internlm2"},
+    {.name = "jais2", .layer_norm = true, .act = ACT_RELU2, .no_gate = true, .rope_halves = true},
     {.name = "hunyuan-dense", .rope_halves = true, .rope_first = true},
     {.name = "hunyuan-moe", .rope_halves = true, .rope_first = true, .expert_norm = true},
     {.name = "mistral3", .window_period = 1, .expert_norm = true},
@@ -101,9 +104,9 @@ static const struct arch architectures[] = {
 const char *arch_list(void) {
     return "llama (as Mistral, Mixtral and SmolLM2 are) qwen2 qwen2moe qwen3 qwen3moe gemma gemma2 "
            "gemma3 gpt-oss mistral3 phi2 phi3 smollm3 olmo2 olmoe granite granitemoe starcoder2 "
-           "stablelm command-r cohere2 chatglm glm4 glm4moe ernie4_5 ernie4_5-moe exaone4 "
-           "hunyuan-dense hunyuan-moe arcee nemotron dots1 minimax-m2 seed_oss, and of models with "
-           "vision the part on text: qwen2vl qwen3vl qwen3vlmoe";
+           "stablelm command-r cohere2 chatglm glm4 glm4moe ernie4_5 ernie4_5-moe exaone "
+           "exaone4 hunyuan-dense hunyuan-moe internlm2 jais2 arcee nemotron dots1 minimax-m2 "
+           "seed_oss, and of models with vision the part on text: qwen2vl qwen3vl qwen3vlmoe";
 }
 
 /* Integer key "<arch>.<name>"; per-layer arrays serve where all their elements agree. */

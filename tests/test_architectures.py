@@ -66,6 +66,8 @@ INT8_KL = {
     "mistral3": (0.003, 0.05),
     "arcee": (0.002, 0.004),
     "nemotron": (0.002, 0.004),
+    "exaone": (0.02, 0.3),
+    "jais2": (0.002, 0.005),
     "dots1": (0.02, 0.2),
     "minimax-m2": (0.04, 0.03),
     "qwen2vl": (0.003, 0.06),
@@ -129,18 +131,25 @@ def test_live(name: str, tmp_path: Path) -> None:
 
 
 def altered(
-    source: Path, out: Path, keys: dict[str, object] | None = None, without: str = ""
+    source: Path,
+    out: Path,
+    keys: dict[str, object] | None = None,
+    without: str = "",
+    arch: str | None = None,
 ) -> Path:
-    """A copy of a model with other keys (of the architecture), or without a tensor."""
+    """A copy of a model with other keys (of the architecture), without a tensor, or under the name
+    of another architecture."""
     reader = GGUFReader(source)
-    arch = reader.fields["general.architecture"].contents()
+    old = reader.fields["general.architecture"].contents()
+    arch = arch or old
     keys = {f"{arch}.{name}": value for name, value in (keys or {}).items()}
     writer = GGUFWriter(out, arch)
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name in (*keys, "general.architecture"):
             continue
         kind = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=kind)
+        name = field.name.replace(f"{old}.", f"{arch}.", 1)
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=kind)
     for name, value in keys.items():
         if isinstance(value, list):
             writer.add_array(name, value)
@@ -189,6 +198,15 @@ def test_refused(name: str, change: dict, words: list[str], tmp_path: Path) -> N
     with pytest.raises(amber.AmberError) as caught:
         amber.Engine(path)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_internlm2_is_a_llama(tmp_path: Path) -> None:
+    """Its files differ in the architecture's name alone (its class is not one of transformers')."""
+    path = altered(GOLDEN / "llama.gguf", tmp_path / "internlm2.gguf", arch="internlm2")
+    tokens = maker.prompts("llama")[1]
+    with amber.Engine(path) as theirs, amber.Engine(GOLDEN / "llama.gguf") as ours:
+        assert theirs.info.architecture == "internlm2"
+        assert np.array_equal(theirs.logits(tokens, all=True), ours.logits(tokens, all=True))
 
 
 def test_unknown_architecture(tmp_path: Path) -> None:

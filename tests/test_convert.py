@@ -40,7 +40,8 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    kinds = {"float32": "F32", "float16": "F16", "uint16": "BF16", "float64": "F64", "int8": "I8"}
+    kinds = {"float32": "F32", "float16": "F16", "uint16": "BF16", "float64": "F64", "int8": "I8",
+             "uint8": "U8"}  # fmt: skip
     header, data = {}, b""
     for name, values in tensors.items():
         begin = len(data)
@@ -568,6 +569,77 @@ def test_experts(tmp_path: Path, style: str, model: str) -> None:
         write_safetensors(folder / "experts.safetensors", layer)
         with pytest.raises(amber.FileFormatError, match="each expert once"):
             write_gguf(folder, out, "f32", synthetic_vocab=True)
+
+
+def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
+    """As its makers publish it: experts in blocks of 32, gate and up taking turns row by row."""
+    rng = np.random.default_rng(8)
+    golden = Path(__file__).parent / "golden" / "gpt-oss.gguf"
+    _, tensors = contents(golden)
+    names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+             "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+             "attn_sinks": "self_attn.sinks", "attn_norm": "input_layernorm",
+             "post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router",
+             }  # fmt: skip
+    folder = tmp_path / "model"
+    folder.mkdir()
+    made, want = {}, {}
+    for name, values in tensors.items():
+        if "exps" in name:
+            continue
+        if name.startswith("blk."):
+            _, layer, short, kind = name.split(".")
+            end = "" if short == "attn_sinks" else f".{kind}"
+            made[f"model.layers.{layer}.{names[short]}{end}"] = values
+        else:
+            made[f"{HF_NAMES[name.removesuffix('.weight')]}.weight"] = values
+    grid = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    for il in range(3):
+        prefix = f"model.layers.{il}.mlp.experts"
+        for leaf, rows, inputs in (("gate_up_proj", 64, 64), ("down_proj", 64, 32)):
+            codes = rng.integers(0, 16, (8, rows, inputs // 32, 32))
+            scales = rng.integers(118, 130, (8, rows, inputs // 32))
+            pairs = codes[..., 0::2] | codes[..., 1::2] << 4
+            made[f"{prefix}.{leaf}_blocks"] = pairs.astype(np.uint8)
+            made[f"{prefix}.{leaf}_scales"] = scales.astype(np.uint8)
+            values = (
+                np.array([*grid, *(-v for v in grid)])[codes] * 2.0 ** (scales - 127)[..., None]
+            )
+            values = values.reshape(8, rows, inputs)
+            if leaf == "down_proj":
+                want[f"blk.{il}.ffn_down_exps.weight"] = values
+            else:
+                want[f"blk.{il}.ffn_gate_exps.weight"] = values[:, 0::2]
+                want[f"blk.{il}.ffn_up_exps.weight"] = values[:, 1::2]
+            made[f"{prefix}.{leaf}_bias"] = rng.standard_normal((8, rows)).astype(np.float32)
+    write_safetensors(folder / "model.safetensors", made)
+    config = {
+        "architectures": ["GptOssForCausalLM"], "hidden_size": 64, "intermediate_size": 32,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 12,
+        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 150000,
+        "quantization_config": {"quant_method": "mxfp4"},
+    }  # fmt: skip
+    write_json(folder / "config.json", config)
+    out = tmp_path / "out.gguf"
+    write_gguf(folder, out, "auto", synthetic_vocab=True)
+    _, found = contents(out)
+    assert found.keys() == tensors.keys()
+    assert all(np.array_equal(found[name], values) for name, values in want.items())
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(out).tensors}
+    assert kinds["blk.0.ffn_up_exps.weight"] == "BF16"
+    bias = made["model.layers.1.mlp.experts.gate_up_proj_bias"]
+    assert np.array_equal(found["blk.1.ffn_up_exps.bias"], bias[:, 1::2])
+    with amber.Engine(out, n_ctx=64) as engine:
+        assert np.isfinite(engine.logits([5, 6, 7])).all()
+    del made["model.layers.1.mlp.experts.down_proj_scales"]
+    write_safetensors(folder / "model.safetensors", made)
+    with pytest.raises(amber.FileFormatError, match="down_proj_blocks: expected MXFP4.*none"):
+        write_gguf(folder, out)
+    config["quantization_config"]["quant_method"] = "fp8"
+    write_json(folder / "config.json", config)
+    with pytest.raises(amber.UnsupportedModelError, match="quantization_config 'fp8'"):
+        write_gguf(folder, out)
 
 
 def test_norms_of_gemma_hold_one_more(tmp_path: Path) -> None:

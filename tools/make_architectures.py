@@ -189,6 +189,11 @@ CASES = {
     "nemotron": Case("nemotron", "NemotronConfig", "spm", {
         "num_attention_heads": 2, "num_key_value_heads": 1,
         "rope_parameters": rope(partial_rotary_factor=0.5)}),
+    "exaone": Case("exaone", "ExaoneConfig", "llama-bpe", {
+        "tie_word_embeddings": True,
+        "rope_parameters": rope("llama3", 1e6, factor=8.0, low_freq_factor=1.0,
+                                high_freq_factor=4.0, original_max_position_embeddings=64)}),
+    "jais2": Case("jais2", "Jais2Config", "dbrx", {"rope_parameters": rope(theta=5e5)}),
     "dots1": Case("dots1", "Dots1Config", "qwen2", {
         "num_hidden_layers": 3, "moe_intermediate_size": 32, "n_routed_experts": 8,
         "num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1,

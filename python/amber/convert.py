@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .convert_tokenizer import read_vocabulary, synthetic_vocabulary
 from .errors import AmberError, ArgumentError, FileFormatError, UnsupportedModelError
+from .mxfp4 import Packed, unpacked
 from .safetensors import Stored, read_folder, read_json
 
 if TYPE_CHECKING:
@@ -165,6 +166,8 @@ ARCHITECTURES = (
         turned_experts="turns",
         yarn_exact=True,
     ),
+    Architecture("exaone", ("ExaoneForCausalLM",)),
+    Architecture("jais2", ("Jais2ForCausalLM",), layer_norm=True, activations=RELU2),
     Architecture("exaone4", ("Exaone4ForCausalLM",), window_period=4),
     Architecture("hunyuan-dense", ("HunYuanDenseV1ForCausalLM",)),
     Architecture(
@@ -186,11 +189,13 @@ ARCHITECTURES = (
     Architecture("seed_oss", ("SeedOssForCausalLM",)),
 )
 
+LAYERS = ("num_hidden_layers", "num_layers")
+
 # GGUF key -> names in config.json, the first that is there counts.
 INTEGERS = {
     "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",),
-    "block_count": ("num_hidden_layers",),
+    "block_count": LAYERS,
     "feed_forward_length": ("intermediate_size",),
     "attention.head_count": ("num_attention_heads",),
     "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
@@ -220,7 +225,7 @@ BOOLEANS = {
     "expert_weights_norm": ("norm_topk_prob",),
     "use_parallel_residual": ("use_parallel_residual",),
 }
-EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps", "layer_norm_epsilon")
 
 # Matrices whose shape config.json tells, in all architectures that have them. phi3's ffn_up holds
 # the gate too.
@@ -245,7 +250,7 @@ EXPERTS = {
 }
 STACKED = re.compile(r"(.*)\.(" + "|".join(map(re.escape, EXPERTS)) + ")")
 HEAD_NORM = re.compile(r"(.*\.[qk]_layernorm)\.norms\.(\d+)\.weight")
-LAYER, BLOCK = re.compile(r"\.layers\.(\d+)\."), re.compile(r"blk\.(\d+)\.")
+LAYER, BLOCK = re.compile(r"\.(?:layers|h)\.(\d+)\."), re.compile(r"blk\.(\d+)\.")
 # What files carry beside weights: buffers of older versions.
 IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attention\.(masked_)?bias|self_attn\.bias)")
 VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_model|visual)\..*")
@@ -324,7 +329,7 @@ class Config:
 
 def layer_types(config: Config, row: Architecture) -> list[bool]:
     """Which layers see only a window."""
-    n, window = config.required("num_hidden_layers"), config.integer("sliding_window")
+    n, window = config.required(*LAYERS), config.integer("sliding_window")
     unknown = not row.window_period and not config.get("use_sliding_window")
     if not window or unknown or config.get("use_sliding_window") is False:
         return [False] * n
@@ -554,7 +559,7 @@ def config_keys(config: Config, row: Architecture, rope: Rope) -> dict[str, Any]
             raise UnsupportedModelError(
                 f"{CONFIG}: no_rope_layers: supported is no RoPE in each {row.rope_every}th layer"
             )
-    activation = config.get("hidden_activation", "hidden_act")
+    activation = config.get("hidden_activation", "hidden_act", "activation_function")
     if activation is not None and activation not in row.activations:
         raise UnsupportedModelError(
             f"{CONFIG}: hidden_act {activation!r:.60}; {row.name} has "
@@ -655,10 +660,13 @@ class Folder:
         self.path, self.config = path, Config(path)
         self.row, self.rope = self.config.row, Rope(self.config)
         self.gguf = gguf_module()
-        if self.config.get("quantization_config"):
+        packing = self.config.get("quantization_config")
+        method = packing.get("quant_method") if isinstance(packing, dict) else packing
+        self.mxfp4 = method == "mxfp4" and self.row.turned_experts == "turns"
+        if packing and not self.mxfp4:
             raise UnsupportedModelError(
-                f"{CONFIG}: quantization_config: expected a checkpoint in float32, float16 or "
-                "bfloat16 (fetch the original, or unpack this one first)"
+                f"{CONFIG}: quantization_config {method!r:.40}: expected a checkpoint in float32, "
+                "float16 or bfloat16, or gpt-oss in MXFP4 (fetch the original, or unpack this one)"
             )
         self.tensors = self._tensors()
         embedding = next((t for t in self.tensors if t.name == "token_embd.weight"), None)
@@ -686,9 +694,11 @@ class Folder:
         import numpy as np
 
         names = self._names()
-        stored = read_folder(self.path)
+        stored: dict[str, Stored | Packed] = dict(read_folder(self.path))
+        if self.mxfp4:
+            stored = dict(unpacked(stored))
         self.files = {tensor.file for tensor in stored.values()}
-        groups: dict[str, list[tuple[int, Stored]]] = {}
+        groups: dict[str, list[tuple[int, Stored | Packed]]] = {}
         width = self.config.required("hidden_size")
         plain_names = {
             n.removeprefix("language_model.").replace("model.language_model.", "model."): n
@@ -762,7 +772,7 @@ class Folder:
 
     def _names(self) -> Any:
         """Hugging Face's names of tensors -> GGUF's."""
-        self.n_layer = self.config.required("num_hidden_layers")
+        self.n_layer = self.config.required(*LAYERS)
         known = {n: a for a, n in self.gguf.MODEL_ARCH_NAMES.items()}
         if self.row.name not in known:
             raise AmberError(

@@ -72,6 +72,12 @@ class Stored:
         mapped = np.memmap(self.file, BITS[self.kind], "r", self.offset, whole)
         return mapped[:, i * rows : (i + 1) * rows]
 
+    def octets(self) -> "np.ndarray":
+        """The bytes of a tensor of bytes, mapped."""
+        import numpy as np
+
+        return np.memmap(self.file, np.uint8, "r", self.offset, self.shape)
+
 
 def read_json(path: str) -> dict[str, Any]:
     """A file that holds one JSON object. FileFormatError where it does not."""
