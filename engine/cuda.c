@@ -149,24 +149,34 @@ static amber_status no_room(const struct upload *u) {
                       (double)u->cuda->info.free_bytes / 1e6);
 }
 
-static amber_status put(struct upload *u, const void *from, int64_t bytes, void *out) {
-    void *p = NULL;
-    if (u->pass == COUNT) u->total += from ? bytes : 0;
+/* Memory for what will be copied there piece by piece. */
+static amber_status make_room(struct upload *u, int64_t bytes, void *out) {
+    if (u->pass == COUNT) u->total += bytes;
     if (u->pass != COPY) return AMBER_OK;
-    if (from) {
-        p = u->cuda->api->alloc(u->cuda->device, bytes, 0);
-        if (!p) return no_room(u);
-        u->cuda->api->upload(u->cuda->device, p, from, bytes);
-        u->done += bytes;
-    }
+    void *p = u->cuda->api->alloc(u->cuda->device, bytes, 0);
     *(void **)out = p;
+    return p ? AMBER_OK : no_room(u);
+}
+
+static void copy(struct upload *u, void *to, const void *from, int64_t bytes) {
+    u->cuda->api->upload(u->cuda->device, to, from, bytes);
+    u->done += bytes;
+}
+
+static amber_status put(struct upload *u, const float *from, int n, const float **out) {
+    if (!from) return AMBER_OK;
+    float *to = NULL;
+    amber_status status = make_room(u, 4 * (int64_t)n, &to);
+    if (!to) return status;
+    copy(u, to, from, 4 * (int64_t)n);
+    *out = to;
     return AMBER_OK;
 }
 
 static amber_status put_norm(struct upload *u, struct norm *norm, int parts) {
     const int n = norm->step ? norm->step * (parts - 1) + norm->n : norm->n;
-    amber_status status = put(u, norm->weight, 4 * (int64_t)n, &norm->device_weight);
-    return status == AMBER_OK ? put(u, norm->bias, 4 * (int64_t)n, &norm->device_bias) : status;
+    amber_status status = put(u, norm->weight, n, &norm->device_weight);
+    return status == AMBER_OK ? put(u, norm->bias, n, &norm->device_bias) : status;
 }
 
 struct fragments_job {
@@ -190,37 +200,59 @@ static void fragments_work(void *ctx, int ith, int nth) {
     }
 }
 
-static amber_status put_linear(struct upload *u, struct linear *w) {
-    if (w->n_out == 0) return AMBER_OK;
-    const int64_t bytes = (int64_t)frag_b_bytes(w->w8.n_out, w->w8.k_pad);
-    const int64_t outputs = 4 * (int64_t)w->n_out;
-    struct cuda_linear *d = NULL, unused;
+static void forget(struct linear *w, int n) {
+    for (int i = 0; i < n; i++) {
+        w[i].w8.q = w[i].pruned_w8.q = NULL;
+        w[i].w8.scale = w[i].pruned_w8.scale = NULL;
+    }
+}
+
+/* n matrices of one shape, one behind the other. */
+static amber_status put_linears(struct upload *u, struct linear *w, int n) {
+    const struct model *model = u->model;
+    const int64_t bytes = (int64_t)frag_b_bytes(w->w8.n_out, w->w8.k_pad), n_out = w->n_out;
+    if (n_out == 0) return AMBER_OK;
     if (u->pass == FORGET) {
-        w->w8.q = w->pruned_w8.q = NULL;
-        w->w8.scale = w->pruned_w8.scale = NULL;
+        forget(w, n);
         return AMBER_OK;
     }
-    if (u->pass == COUNT) {
-        if (bytes > u->largest) u->largest = bytes;
-        d = &unused;
-    } else {
-        d = model_keep(u->model, sizeof *d);
-        if (!d) return amber_fail(u->err, AMBER_ERR_MEMORY, "%s: no memory", u->model->file->label);
-        amber_pool_run(u->pool, fragments_work, &(struct fragments_job){&w->w8, u->fragments});
-        w->cuda = d;
-    }
-    amber_status status = put(u, u->pass == COUNT ? w->w8.q : u->fragments, bytes, &d->b);
-    if (status == AMBER_OK) status = put(u, w->w8.scale, outputs, &d->scale);
-    if (status == AMBER_OK) status = put(u, w->w8.bias, outputs, &d->bias);
-    if (status == AMBER_OK) status = put(u, w->pruned_w8.sum, outputs, &d->sum);
-    if (status == AMBER_OK) status = put(u, w->score, 4 * (int64_t)w->n_in, &d->score);
+    if (bytes > u->largest) u->largest = bytes;
+    struct cuda_linear unused = {0},
+                       *d = u->pass == COUNT ? &unused : model_keep(u->model, sizeof *d);
+    if (!d) return amber_fail(u->err, AMBER_ERR_MEMORY, "%s: no memory", model->file->label);
+    *d = unused;
+    amber_status status = make_room(u, n * bytes, &d->b);
+    if (status == AMBER_OK) status = make_room(u, 4 * n * n_out, &d->scale);
+    if (status == AMBER_OK && w->w8.bias) status = make_room(u, 4 * n * n_out, &d->bias);
+    if (status == AMBER_OK && w->pruned_w8.sum) status = make_room(u, 4 * n * n_out, &d->sum);
+    if (status == AMBER_OK) status = put(u, w->score, w->n_in, &d->score);
     if (status != AMBER_OK || u->pass == COUNT) return status;
-    char why[160];
-    if (!u->cuda->api->finish(u->cuda->device, why, sizeof why)) /* fragments are used again */
-        return amber_fail(u->err, AMBER_ERR_DEVICE, "cuda:%d: %s", u->cuda->index, why);
-    if (u->progress && u->progress(u->user, AMBER_PHASE_LOAD, u->done, u->total))
-        return amber_fail(u->err, AMBER_ERR_CANCELLED, "%s: cancelled", u->model->file->label);
+    w->cuda = d;
+    for (int i = 0; i < n; i++) {
+        char why[160];
+        amber_pool_run(u->pool, fragments_work, &(struct fragments_job){&w[i].w8, u->fragments});
+        copy(u, d->b + i * bytes, u->fragments, bytes);
+        copy(u, d->scale + i * n_out, w[i].w8.scale, 4 * n_out);
+        if (d->bias) copy(u, d->bias + i * n_out, w[i].w8.bias, 4 * n_out);
+        if (d->sum) copy(u, d->sum + i * n_out, w[i].pruned_w8.sum, 4 * n_out);
+        if (!u->cuda->api->finish(u->cuda->device, why, sizeof why)) /* fragments are used again */
+            return amber_fail(u->err, AMBER_ERR_DEVICE, "cuda:%d: %s", u->cuda->index, why);
+        if (u->progress && u->progress(u->user, AMBER_PHASE_LOAD, u->done, u->total))
+            return amber_fail(u->err, AMBER_ERR_CANCELLED, "%s: cancelled", model->file->label);
+    }
     return AMBER_OK;
+}
+
+static amber_status put_experts(struct upload *u, struct experts *x) {
+    const struct shape *s = &u->model->shape;
+    struct linear *linears[] = {x->gate, x->up, x->down};
+    amber_status status = put(u, x->router, s->n_expert * s->n_embd, &x->device_router);
+    if (status == AMBER_OK) status = put(u, x->router_bias, s->n_expert, &x->device_router_bias);
+    if (status == AMBER_OK) status = put(u, x->choice_bias, s->n_expert, &x->device_choice_bias);
+    if (status == AMBER_OK) status = put(u, x->shared_router, s->n_embd, &x->device_shared_router);
+    for (int i = 0; i < 3 && status == AMBER_OK; i++)
+        status = put_linears(u, linears[i], s->n_expert);
+    return status;
 }
 
 static amber_status put_layer(struct upload *u, struct layer *l) {
@@ -233,8 +265,9 @@ static amber_status put_layer(struct upload *u, struct layer *l) {
         const int heads = i == 4 ? s->n_head : i == 5 ? s->n_head_kv : 1;
         if (norms[i]->weight) status = put_norm(u, norms[i], heads * s->head_dim / norms[i]->n);
     }
-    for (int i = 0; i < 7 && status == AMBER_OK; i++) status = put_linear(u, linears[i]);
-    return status;
+    for (int i = 0; i < 7 && status == AMBER_OK; i++) status = put_linears(u, linears[i], 1);
+    if (status == AMBER_OK) status = put(u, l->sinks, s->n_head, &l->device_sinks);
+    return status == AMBER_OK && l->experts.router ? put_experts(u, &l->experts) : status;
 }
 
 static amber_status put_model(struct upload *u) {
@@ -242,19 +275,13 @@ static amber_status put_model(struct upload *u) {
     for (int il = 0; il < u->model->shape.n_layer && status == AMBER_OK; il++)
         status = put_layer(u, &u->model->layers[il]);
     if (status == AMBER_OK) status = put_norm(u, &u->model->output_norm, 1);
-    return status == AMBER_OK ? put_linear(u, &u->model->output) : status;
+    return status == AMBER_OK ? put_linears(u, &u->model->output, 1) : status;
 }
 
 /* What the kernels do not know, by name. */
 static const char *unsupported(const struct model *m) {
     if (m->float_weights) return "precision float";
     if (m->shape.head_dim > AMBER_HEAD_MAX || m->shape.head_dim % 8) return "heads of this width";
-    if (m->shape.arch->act > ACT_GELU) return "activations other than SiLU and GELU";
-    if (m->shape.arch->rope_first || m->shape.temperature) return "queries of this architecture";
-    for (int il = 0; il < m->shape.n_layer; il++) {
-        if (m->shape.mixture[il]) return "mixtures of experts";
-        if (m->layers[il].sinks) return "attention sinks";
-    }
     if (!m->plan.any) return NULL;
     for (int i = 0; i < m->shape.n_layer * N_PROJ; i++) {
         const struct rule *rule = &m->plan.rules[i];

@@ -14,11 +14,12 @@ struct cuda {
     int64_t weight_bytes; /* what the model takes of its memory */
 };
 
-/* A weight matrix on the GPU: fragments and what the epilogue wants. */
+/* A weight matrix on the GPU: fragments and what the epilogue wants; of experts all of them, one
+ * behind the other. */
 struct cuda_linear {
     uint8_t *b;
     float *scale, *bias, *sum; /* [n_out]; bias and sum may be NULL */
-    float *score;              /* [n_in], or NULL */
+    const float *score;        /* [n_in], or NULL */
 };
 
 /* Writes one line per GPU, "cuda:0  NAME, 80.0 GB, 79.1 GB free" or with the reason why it cannot be

@@ -106,12 +106,14 @@ struct experts {
     const float *choice_bias;        /* [n_expert] on shares when experts are chosen, or NULL */
     const float *shared_router;      /* [n_embd], or NULL: the shared expert's share is 1 */
     struct linear *gate, *up, *down; /* [n_expert] each; one block that gate owns */
+    /* The same on the model's GPU; its matrices are those of gate[0].cuda and kin, all in one. */
+    const float *device_router, *device_router_bias, *device_choice_bias, *device_shared_router;
 };
 
 struct layer {
     struct norm attn_norm, post_attn_norm, ffn_norm, post_ffn_norm; /* [n_embd] */
     struct norm q_norm, k_norm;               /* of each head, or of all heads together */
-    const float *sinks;                       /* [n_head] attention's, or NULL */
+    const float *sinks, *device_sinks;        /* [n_head] attention's, or NULL */
     bool parallel;                            /* the feed-forward half reads what attention reads */
     struct linear q, k, v, o, gate, up, down; /* gate.n_out 0: down reads f(up) */
     struct experts experts; /* gate, up, down are then the shared expert, or have no outputs */

@@ -58,6 +58,8 @@ const struct linear *pruned_for(const struct batch *b, const struct linear *w);
 int first_pruned(const struct batch *b);
 /* Cosines and sines of the batch's positions, [rows, n_rot / 2]; table as in batch.rope_freq. */
 void rope_angles(const struct batch *b, int table, float *cosines, float *sines);
+/* What the queries of a position are multiplied by, in models whose queries grow. */
+float query_growth(const struct shape *s, int position);
 /* K or V of a layer in the cache. */
 uint8_t *kv_layer(const struct batch *b, int il, bool values);
 

@@ -59,9 +59,12 @@ static void norm_both(const struct batch *b, const struct layer *layer, float *q
     norm_heads(b, &layer->k_norm, k, b->model->shape.n_head_kv);
 }
 
+float query_growth(const struct shape *s, int position) {
+    return (float)(1 + s->temperature * log(1 + (double)(position / s->temperature_length)));
+}
+
 static void grow_query(const struct shape *s, int position, float *q) {
-    const float factor =
-        (float)(1 + s->temperature * log(1 + (double)(position / s->temperature_length)));
+    const float factor = query_growth(s, position);
     for (int i = 0; i < s->n_head * s->head_dim; i++) q[i] *= factor;
 }
 

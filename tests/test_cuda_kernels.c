@@ -229,8 +229,9 @@ static void test_inputs(bool many) {
 static void test_sources(void) {
     enum { ROWS = 3, N = 200, K = 256 };
     float *x = normals(ROWS * N), *up = normals(ROWS * N), *weight = normals(N), *bias = normals(N);
-    for (int source = INPUT_COPY; source <= INPUT_GELU; source++) {
-        for (int with = 0; with < 2; with++) {
+    x[0] = 9, up[1] = 8, up[2] = -8; /* beyond the clamps */
+    for (int source = INPUT_COPY; source <= INPUT_CLAMPED; source++) {
+        for (int with = source == INPUT_CLAMPED; with < 2; with++) {
             struct input_args g = {.source = source, .x = x, .rows = ROWS, .n = N, .k_pad = K};
             g.eps = 1e-5f;
             g.weight = weight;
@@ -248,6 +249,8 @@ static void test_sources(void) {
                 if (source == INPUT_LAYERNORM) ref.layernorm(row, from, weight, g.bias, N, g.eps);
                 if (source == INPUT_SILU) ref.silu_mul(row, from, with ? up + r * N : NULL, N);
                 if (source == INPUT_GELU) ref.gelu_mul(row, from, with ? up + r * N : NULL, N);
+                if (source == INPUT_RELU2) ref.relu2_mul(row, from, with ? up + r * N : NULL, N);
+                if (source == INPUT_CLAMPED) ref.swiglu_clamped(row, from, up + r * N, N);
                 for (int k = 0; k < N; k++) most = fmaxf(most, fabsf(row[k]));
                 CHECK(fabsf(g.scale[r] - most / 127) <= 1e-5f * most / 127);
                 for (int k = 0; k < N; k++) {
@@ -344,10 +347,195 @@ static void test_rope(void) {
     release();
 }
 
+/* Without a cache only q and k change; growth multiplies q alone. */
+static void test_rope_alone(void) {
+    enum { ROWS = 3, HEADS = 2, D = 16 };
+    float *q = normals(ROWS * HEADS * D), *k = normals(ROWS * D), *growth = normals(ROWS);
+    float q0[ROWS * HEADS * D], k0[ROWS * D];
+    memcpy(q0, q, sizeof q0), memcpy(k0, k, sizeof k0);
+    struct rope_args g = {.q = q, .k = k, .growth = growth, .rows = ROWS, .n_head = HEADS};
+    g.n_head_kv = 1, g.head_dim = D, g.n_ctx = 64;
+    api->rope(device, &g);
+    finish();
+    for (int i = 0; i < ROWS * HEADS * D; i++) CHECK(q[i] == q0[i] * growth[i / (HEADS * D)]);
+    CHECK(memcmp(k, k0, sizeof k0) == 0);
+    release();
+}
+
+/* ---- mixtures of experts ---- */
+
+static void test_route(bool sigmoid, bool biases, bool norm) {
+    enum { ROWS = 5, N = 70, EXPERTS = 140, USED = 6 };
+    float *x = normals(ROWS * N), *router = normals(EXPERTS * N),
+          *share = get(4 * ROWS * USED, 0xff);
+    for (int i = 0; i < EXPERTS * N; i++) router[i] *= 0.2f;
+    int32_t *chosen = get(4 * ROWS * USED, 0xff);
+    memcpy(router + 3 * N, router + 90 * N, 4 * N); /* equal ones: the lower is taken first */
+    struct route_args g = {.x = x, .router = router, .chosen = chosen, .share = share};
+    g.rows = ROWS, g.n = N, g.n_expert = EXPERTS, g.used = USED;
+    g.scale = 1.5f, g.norm = norm, g.sigmoid = sigmoid;
+    g.bias = biases ? normals(EXPERTS) : NULL;
+    g.choice_bias = biases ? normals(EXPERTS) : NULL;
+    api->route(device, &g);
+    finish();
+    for (int r = 0; r < ROWS; r++) {
+        double logit[EXPERTS], rank[EXPERTS], all = 0, sum = 0, expected[USED];
+        for (int e = 0; e < EXPERTS; e++) {
+            logit[e] = g.bias ? g.bias[e] : 0;
+            for (int k = 0; k < N; k++) logit[e] += (double)x[r * N + k] * router[e * N + k];
+            all += exp(logit[e]);
+        }
+        for (int e = 0; e < EXPERTS; e++) {
+            rank[e] = sigmoid ? 1 / (1 + exp(-logit[e])) : exp(logit[e]) / all;
+            logit[e] = rank[e];
+            if (biases) rank[e] += g.choice_bias[e];
+        }
+        for (int i = 0; i < USED; i++) {
+            int best = 0;
+            for (int e = 1; e < EXPERTS; e++)
+                if (rank[e] > rank[best]) best = e;
+            CHECK_EQ(chosen[r * USED + i], best);
+            rank[best] = -1e9;
+            sum += expected[i] = logit[best];
+        }
+        for (int i = 0; i < USED; i++) {
+            const double e = expected[i] * 1.5 / (norm ? sum : 1);
+            CHECK(fabs(share[r * USED + i] - e) <= 1e-5 * e);
+        }
+    }
+    release();
+}
+
+/* Rows at their experts give what each expert's own product gives of them. */
+static void test_experts(const char *pattern, int rows, int n, int n_out, int shift) {
+    enum { EXPERTS = 5, USED = 2 };
+    const int k_pad = (n + 63) / 64 * 64, align = rows == 1 ? 1 : 16;
+    const int places = rows == 1 ? USED : (rows * USED + EXPERTS * 15 + 15) / 16 * 16;
+    char why[160];
+    struct input_args in = {.source = INPUT_COPY, .rows = rows, .n = n, .k_pad = k_pad};
+    CHECK(amber_pattern_parse(pattern, strlen(pattern), &in.pattern, why, sizeof why));
+    in.form = rows == 1 ? FORM_DENSE : frag_form_of(&in.pattern);
+    in.shift = shift;
+    in.x = normals(rows * n);
+    const int64_t a_bytes = (int64_t)frag_a_bytes(in.form, places, k_pad);
+    const int64_t e_bytes = (int64_t)frag_meta_bytes(in.form, places, k_pad) + 1;
+    in.a = get(a_bytes, 0), in.e = get(e_bytes, FRAG_EMPTY_META & 0xff);
+    in.scale = get(4 * rows, 0xff), in.shifted = shift ? get(4 * rows, 0xff) : NULL;
+    api->input(device, &in);
+
+    const int64_t b_bytes = (int64_t)frag_b_bytes(n_out, k_pad);
+    uint8_t *b = get(EXPERTS * b_bytes, 0);
+    for (int64_t i = 0; i < EXPERTS * b_bytes; i++) b[i] = (uint8_t)random_bits();
+    float *w_scale = normals(EXPERTS * n_out), *w_sum = normals(EXPERTS * n_out);
+    float *bias = normals(EXPERTS * n_out), *share = normals(rows * USED);
+    int32_t *chosen = get(4 * rows * USED, 0);
+    for (int r = 0; r < rows; r++) { /* expert 3 gets nobody, expert 1 most */
+        chosen[2 * r] = 1;
+        chosen[2 * r + 1] = r % 3 == 0 ? 0 : r % 3 == 1 ? 2 : 4;
+        if (r % 4 == 0) chosen[2 * r] = chosen[2 * r + 1], chosen[2 * r + 1] = 1;
+    }
+    int32_t *place = get(4 * rows * USED, 0xff), *row_of = get(4 * places, 0x7f);
+    int32_t *expert_of = get(4 * places, 0x7f), *begin = get(4 * EXPERTS, 0x7f);
+    int32_t *count = get(4 * EXPERTS, 0x7f);
+    api->sort(device, &(struct sort_args){chosen, place, row_of, expert_of, begin, count, rows,
+                                          USED, EXPERTS, align, places});
+    struct gather_args to = {.row_of = row_of, .a = in.a, .e = in.e, .scale = in.scale};
+    to.shifted = in.shifted, to.form = in.form, to.k_pad = k_pad, to.places = places;
+    to.to_a = get(a_bytes, 0), to.to_e = get(e_bytes, FRAG_EMPTY_META & 0xff);
+    to.to_scale = get(4 * places, 0xff), to.to_shifted = get(4 * places, 0xff);
+    api->gather(device, &to);
+    struct gemm_args g = {.form = in.form, .a = to.to_a, .e = to.to_e, .b = b};
+    g.a_scale = to.to_scale, g.w_scale = w_scale, g.w_sum = w_sum, g.bias = bias;
+    g.shift = shift ? to.to_shifted : NULL;
+    g.y = get(4 * (int64_t)places * n_out, 0xff), g.ldy = n_out, g.n_out = n_out, g.k_pad = k_pad;
+    g.n_expert = EXPERTS;
+    if (rows == 1)
+        g.rows = USED, g.expert_of = expert_of;
+    else
+        g.rows = rows, g.usual_rows = rows * USED / EXPERTS, g.begin = begin, g.count = count;
+    api->gemm(device, &g);
+    float *x = normals(rows * n_out), *before = malloc(4 * (size_t)(rows * n_out));
+    memcpy(before, x, 4 * (size_t)(rows * n_out));
+    api->combine(device, &(struct combine_args){g.y, share, place, x, rows, n_out, USED});
+    finish();
+
+    int32_t next[EXPERTS] = {0}, at = 0;
+    for (int e = 0; e < EXPERTS; e++) {
+        int many = 0;
+        for (int i = 0; i < rows * USED; i++) many += chosen[i] == e;
+        CHECK_EQ(begin[e], at);
+        CHECK_EQ(count[e], many);
+        next[e] = at;
+        for (int p = at + many; p < at + (many + align - 1) / align * align; p++)
+            CHECK_EQ(row_of[p], -1);
+        at += (many + align - 1) / align * align;
+    }
+    for (int p = at; p < places; p++) CHECK_EQ(row_of[p], -1);
+    struct gemm_args one = {.form = in.form, .a = in.a, .e = in.e, .a_scale = in.scale};
+    one.shift = in.shifted, one.rows = rows, one.n_out = n_out, one.k_pad = k_pad;
+    float *y[EXPERTS];
+    for (int e = 0; e < EXPERTS; e++) {
+        one.b = b + e * b_bytes, one.w_scale = w_scale + e * n_out, one.w_sum = w_sum + e * n_out;
+        one.bias = bias + e * n_out;
+        one.y = y[e] = get(4 * (int64_t)rows * n_out, 0xff), one.ldy = n_out;
+        api->gemm(device, &one);
+    }
+    finish();
+    for (int i = 0; i < rows * USED; i++) {
+        const int e = chosen[i], r = i / USED;
+        CHECK_EQ(place[i], next[e]);
+        CHECK_EQ(row_of[next[e]], r);
+        CHECK_EQ(expert_of[next[e]], e);
+        CHECK(!memcmp(g.y + (int64_t)next[e]++ * n_out, y[e] + r * n_out, 4 * (size_t)n_out));
+    }
+    for (int r = 0; r < rows; r++) {
+        const int first = chosen[2 * r] < chosen[2 * r + 1] ? 2 * r : 2 * r + 1;
+        const int second = 4 * r + 1 - first;
+        for (int k = 0; k < n_out; k++) {
+            float v = before[r * n_out + k];
+            v = v + share[first] * y[chosen[first]][r * n_out + k];
+            v = v + share[second] * y[chosen[second]][r * n_out + k];
+            CHECK(x[r * n_out + k] == v);
+        }
+    }
+    free(before);
+    release();
+}
+
+static void test_gated(void) {
+    enum { ROWS = 3, N = 300 };
+    float *in = normals(ROWS * N), *out = normals(ROWS * N), *router = normals(N);
+    float *x = normals(ROWS * N), before[ROWS * N];
+    for (int i = 0; i < N; i++) router[i] *= 0.1f;
+    memcpy(before, x, sizeof before);
+    api->gated(device, &(struct gated_args){in, out, router, x, ROWS, N});
+    finish();
+    for (int r = 0; r < ROWS; r++) {
+        double dot = 0;
+        for (int k = 0; k < N; k++) dot += (double)in[r * N + k] * router[k];
+        for (int k = r * N; k < (r + 1) * N; k++)
+            CHECK(fabs(x[k] - before[k] - out[k] / (1 + exp(-dot))) <= 1e-6);
+    }
+    release();
+}
+
+static void test_mixtures(bool many) {
+    for (int i = 0; i < 8; i++) test_route(i & 1, i & 2, i & 4);
+    test_experts("dense", 1, 100, 21, 0);
+    test_experts("8:16", 1, 100, 21, INPUT_MEAN);
+    test_experts("dense", 40, 100, 21, 0);
+    test_experts("2:4", 40, 100, 130, INPUT_MEAN);
+    test_experts("2:4+r16", 70, 300, 9, 0);
+    test_experts("2:4+r32", 33, 600, 9, 0);
+    test_experts("8:16x", 33, 300, 9, INPUT_MEDIAN);
+    for (int rows = 2; rows < 70 && many; rows++) test_experts("2:4+r16", rows, 448, 136, 0);
+    test_gated();
+}
+
 /* ---- attention ---- */
 
 static void test_attention(int rows, int heads, int kv, int d, int n_ctx, int pos0, int window,
-                           float softcap) {
+                           float softcap, bool sinks) {
     float *q = normals(rows * heads * d), *out = get(4 * (int64_t)rows * heads * d, 0xff);
     uint16_t *k = get(2 * (int64_t)kv * n_ctx * d, 0x7e),
              *v = get(2 * (int64_t)kv * n_ctx * d, 0x7e);
@@ -367,13 +555,14 @@ static void test_attention(int rows, int heads, int kv, int d, int n_ctx, int po
     struct attention_args g = {.q = q, .out = out, .k = k, .v = v, .pos0 = pos, .rows = rows};
     g.n_head = heads, g.n_head_kv = kv, g.head_dim = d, g.n_ctx = n_ctx, g.window = window;
     g.scale = 1 / sqrtf((float)d), g.softcap = softcap;
+    g.sink = sinks ? normals(heads) : NULL;
     api->attention(device, &g);
     finish();
 
     float *expected = get(4 * (int64_t)rows * heads * d, 0);
     struct amber_attention a = {.q = q, .out = expected, .k = k, .v = v, .rows = rows};
     a.n_head = heads, a.n_head_kv = kv, a.head_dim = d, a.n_ctx = n_ctx, a.pos0 = pos0;
-    a.window = window, a.scale = g.scale, a.softcap = softcap;
+    a.window = window, a.scale = g.scale, a.softcap = softcap, a.sink = g.sink;
     void *scratch = aligned_alloc(64, (ref.attention_scratch + 127) / 64 * 64);
     ref.attention(&a, 0, ref.attention_units(&a), scratch);
     free(scratch);
@@ -386,17 +575,20 @@ static void test_attention(int rows, int heads, int kv, int d, int n_ctx, int po
 }
 
 static void test_attentions(bool many) {
-    test_attention(1, 4, 2, 32, 600, 520, 0, 0);   /* stretches, the last one short */
-    test_attention(1, 2, 2, 40, 128, 0, 0, 0);     /* one position */
-    test_attention(3, 4, 1, 80, 320, 700, 100, 5); /* a ring, a window, a cap */
-    test_attention(6, 2, 1, 512, 64, 3, 0, 0);     /* wide heads */
-    test_attention(20, 4, 2, 32, 256, 0, 0, 0);
-    test_attention(70, 2, 2, 64, 256, 37, 0, 3); /* two blocks of rows */
-    test_attention(20, 2, 1, 80, 192, 250, 50, 0);
-    test_attention(9, 2, 2, 256, 128, 40, 0, 0);
+    test_attention(1, 4, 2, 32, 600, 520, 0, 0, false);   /* stretches, the last one short */
+    test_attention(1, 2, 2, 40, 128, 0, 0, 0, false);     /* one position */
+    test_attention(3, 4, 1, 80, 320, 700, 100, 5, false); /* a ring, a window, a cap */
+    test_attention(6, 2, 1, 512, 64, 3, 0, 0, false);     /* wide heads */
+    test_attention(20, 4, 2, 32, 256, 0, 0, 0, false);
+    test_attention(70, 2, 2, 64, 256, 37, 0, 3, false); /* two blocks of rows */
+    test_attention(20, 2, 1, 80, 192, 250, 50, 0, false);
+    test_attention(9, 2, 2, 256, 128, 40, 0, 0, false);
+    test_attention(1, 4, 2, 32, 600, 300, 0, 0, true);
+    test_attention(20, 4, 2, 64, 128, 30, 16, 0, true);
     for (int rows = 1; rows <= 130 && many; rows++)
-        test_attention(rows, 4, 2, rows % 3 ? 128 : 64, 640, 7 * rows % 300, rows % 2 * 90, 0);
-    if (many) test_attention(512, 8, 2, 128, 2048, 1500, 0, 0);
+        test_attention(rows, 4, 2, rows % 3 ? 128 : 64, 640, 7 * rows % 300, rows % 2 * 90, 0,
+                       rows % 5 == 0);
+    if (many) test_attention(512, 8, 2, 128, 2048, 1500, 0, 0, false);
 }
 
 /* ---- graphs ---- */
@@ -443,6 +635,8 @@ int main(int argc, char **argv) {
     test_sources();
     test_norms();
     test_rope();
+    test_rope_alone();
+    test_mixtures(many);
     test_attentions(many);
     test_graph();
     api->close(device);

@@ -1,5 +1,6 @@
 /* amber_cuda.cu: the library behind device.h. Each step chooses its kernel and its launch. */
 #include "attention.cuh"
+#include "experts.cuh"
 #include "gemm.cuh"
 #include "input.cuh"
 #include "rows.cuh"
@@ -165,14 +166,15 @@ static const struct {
 
 template <int FORM, int MT> static void launch_tile(amber_cuda_device *d, const gemm_args &g) {
     typedef gemm_tile<FORM, MT> tile;
-    const dim3 blocks =
-        grid((g.n_out + GEMM_COLS - 1) / GEMM_COLS, (g.rows + tile::rows - 1) / tile::rows);
+    const dim3 blocks = grid((g.n_out + GEMM_COLS - 1) / GEMM_COLS,
+                             (g.rows + tile::rows - 1) / tile::rows, g.begin ? g.n_expert : 1);
     runtime_launch(&d->rt, gemm_kernel<FORM, MT>, blocks, GEMM_THREADS, tile::shared, g);
 }
 
 template <int FORM> static void launch_gemm(amber_cuda_device *d, const gemm_args &g) {
+    const int rows = g.begin ? g.usual_rows : g.rows;
     int i = 0;
-    while (g.rows > tiles[i].rows) i++;
+    while (rows > tiles[i].rows) i++;
     switch (tiles[i].mt) {
     case 1:
         return launch_tile<FORM, 1>(d, g);
@@ -184,9 +186,9 @@ template <int FORM> static void launch_gemm(amber_cuda_device *d, const gemm_arg
 }
 
 static void step_gemm(amber_cuda_device *d, const struct gemm_args *g) {
-    if (g->rows == 1 && g->form == FORM_DENSE) {
-        const int blocks = (g->n_out + FRAG_COLS - 1) / FRAG_COLS;
-        return runtime_launch(&d->rt, gemv_kernel, grid(blocks), GEMV_THREADS, 0, *g);
+    if ((g->rows == 1 || g->expert_of) && g->form == FORM_DENSE) {
+        const dim3 blocks = grid((g->n_out + FRAG_COLS - 1) / FRAG_COLS, g->rows);
+        return runtime_launch(&d->rt, gemv_kernel, blocks, GEMV_THREADS, 0, *g);
     }
     switch (g->form) {
     case FORM_24:
@@ -247,6 +249,22 @@ static void step_softcap(amber_cuda_device *d, const struct softcap_args *g) {
     runtime_launch(&d->rt, softcap_kernel, grid(blocks), ROW_THREADS, 0, *g);
 }
 
+static void step_route(amber_cuda_device *d, const struct route_args *g) {
+    runtime_launch(&d->rt, route_kernel, grid(g->rows), ROUTE_THREADS, 0, *g);
+}
+static void step_sort(amber_cuda_device *d, const struct sort_args *g) {
+    runtime_launch(&d->rt, sort_kernel, grid(g->n_expert), SORT_THREADS, 0, *g);
+}
+static void step_gather(amber_cuda_device *d, const struct gather_args *g) {
+    runtime_launch(&d->rt, gather_kernel, grid(g->places), EXPERT_THREADS, 0, *g);
+}
+static void step_combine(amber_cuda_device *d, const struct combine_args *g) {
+    runtime_launch(&d->rt, combine_kernel, grid(g->rows), EXPERT_THREADS, 0, *g);
+}
+static void step_gated(amber_cuda_device *d, const struct gated_args *g) {
+    runtime_launch(&d->rt, gated_kernel, grid(g->rows), EXPERT_THREADS, 0, *g);
+}
+
 extern "C" __attribute__((visibility("default")))
 const struct amber_cuda_api amber_cuda = {AMBER_CUDA_VERSION,
                                           runtime_count,
@@ -269,4 +287,9 @@ const struct amber_cuda_api amber_cuda = {AMBER_CUDA_VERSION,
                                           step_norm,
                                           step_rope,
                                           step_attention,
-                                          step_softcap};
+                                          step_softcap,
+                                          step_route,
+                                          step_sort,
+                                          step_gather,
+                                          step_combine,
+                                          step_gated};

@@ -57,6 +57,10 @@ template <int HD> KERNEL(FLASH_THREADS, 1) void flash_kernel(const attention_arg
         sq[(FLASH_ROWS + r) * tile::stride + d] = half_bits(q - float_of_half(high));
     }
     float o[HD / 8][4], most[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    if (g.sink) { /* a score that is seen first, by one of the lanes of a row */
+        most[0] = most[1] = g.sink[head];
+        sum[0] = sum[1] = lane % 4 == 0 ? 1 : 0;
+    }
     AMBER_UNROLL
     for (int i = 0; i < HD / 2; i++) o[i / 4][i % 4] = 0;
 
@@ -196,14 +200,8 @@ KERNEL(STRETCH, 1) void stretch_kernel(const attention_args g) {
         }
         score = attention_score(g, dot);
     }
-    /* Scores of all signs as keys that order alike; of a NaN the key is the largest. */
-    union {
-        float f;
-        uint32_t u;
-    } key = {score}, most;
-    most.u = block_max(key.u >> 31 ? ~key.u : key.u | 0x80000000u, slot);
-    most.u = most.u >> 31 ? most.u & 0x7fffffffu : ~most.u;
-    weight[thread] = expf(score - most.f);
+    const float most = order_value(block_max(order_bits(score), slot));
+    weight[thread] = expf(score - most);
     const float sum = block_sum(weight[thread], slot_sum);
 
     /* Pairs of channels beside each other, groups of positions below. */
@@ -228,7 +226,7 @@ KERNEL(STRETCH, 1) void stretch_kernel(const attention_args g) {
         out[d] = v;
     }
     if (thread == 0) {
-        out[n] = most.f;
+        out[n] = most;
         out[n + 1] = sum;
     }
 }
@@ -240,10 +238,10 @@ KERNEL(JOIN_THREADS, 1) void join_kernel(const attention_args g) {
     const int seen = g.window && pos >= g.window ? g.window : pos + 1;
     const int count = (seen + STRETCH - 1) / STRETCH;
     const float *in = g.partial + ((int64_t)blockIdx.y * g.n_head + head) * g.stretches * (n + 2);
-    float most = in[n];
+    float most = g.sink ? fmaxf(in[n], g.sink[head]) : in[n];
     for (int i = 1; i < count; i++) most = fmaxf(most, in[i * (n + 2) + n]);
     for (int d = (int)threadIdx.x; d < n; d += JOIN_THREADS) {
-        float v = 0, sum = 0;
+        float v = 0, sum = g.sink ? expf(g.sink[head] - most) : 0;
         for (int i = 0; i < count; i++) {
             const float *part = in + i * (n + 2), share = expf(part[n] - most);
             v += share * part[d];

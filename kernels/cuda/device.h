@@ -13,13 +13,21 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define AMBER_CUDA_VERSION 1
+#define AMBER_CUDA_VERSION 2
 #define AMBER_CUDA_SYMBOL  "amber_cuda"
 
 /* How the input of a matrix product is stored (layout.h). */
 enum frag_form { FORM_DENSE, FORM_24, FORM_R32, FORM_R16, FORM_816X, N_FORMS };
 
-enum input_source { INPUT_COPY, INPUT_RMSNORM, INPUT_LAYERNORM, INPUT_SILU, INPUT_GELU };
+enum input_source {
+    INPUT_COPY,
+    INPUT_RMSNORM,
+    INPUT_LAYERNORM,
+    INPUT_SILU, /* this and what follows: activations of kernels.h */
+    INPUT_GELU,
+    INPUT_RELU2,
+    INPUT_CLAMPED /* with up */
+};
 enum input_shift { INPUT_NO_SHIFT, INPUT_MEAN, INPUT_MEDIAN };
 
 /* The INT8 input of products, made from rows x [rows, n] float32: copied, normed, or activated
@@ -39,6 +47,7 @@ struct input_args {
     int form;               /* FORM_DENSE, or the pattern's own form */
     uint8_t *a, *e;         /* frag_a_bytes, frag_meta_bytes; e started out as FRAG_EMPTY_META */
     float *scale, *shifted; /* [rows]; shifted where there is a shift, else NULL */
+    const int32_t *row_of;  /* rows are places (below), of this row of the batch; or NULL */
     uint8_t *scratch;       /* the library's own */
 };
 
@@ -53,6 +62,62 @@ struct gemm_args {
     int64_t ldy;
     int rows, n_out, k_pad;
     bool add;
+    /* Of n_expert matrices one behind the other in b, w_scale, w_sum and bias, each place's own, or NULL.
+     * Products of one place each go by expert_of; others by begin and count, where `rows` is the most
+     * that an expert can have and usual_rows what it has as a rule. */
+    const int32_t *begin, *count, *expert_of;
+    int n_expert, usual_rows;
+};
+
+/* Mixtures of experts. A slot is one choice of one row: row * used + choice. A place is where a slot's
+ * row stands among the rows of its expert; those of one expert stand together. */
+
+/* Logits x [rows, n] router [n_expert, n] + bias; the `used` largest, lower expert first among equals,
+ * and their shares, softmax or sigmoid, normed to a sum of 1 where `norm`, times scale. With a choice
+ * bias the experts are chosen by share + choice_bias. n_expert at most 1024. */
+struct route_args {
+    const float *x, *router;
+    const float *bias, *choice_bias; /* [n_expert], or NULL */
+    int32_t *chosen;                 /* [slots] */
+    float *share;                    /* [slots] */
+    int rows, n, n_expert, used;
+    float scale;
+    bool norm, sigmoid;
+};
+
+/* Gives every slot a place: experts in order, rows in order within one, each expert's from a multiple
+ * of `align` on. */
+struct sort_args {
+    const int32_t *chosen;
+    int32_t *place;              /* [slots] */
+    int32_t *row_of, *expert_of; /* [places]; row -1: nobody stands here */
+    int32_t *begin, *count;      /* [n_expert] */
+    int rows, used, n_expert, align, places;
+};
+
+/* Copies rows of an input of a product to their places. */
+struct gather_args {
+    const int32_t *row_of;
+    const uint8_t *a, *e;
+    const float *scale, *shifted; /* shifted may be NULL */
+    uint8_t *to_a, *to_e;
+    float *to_scale, *to_shifted;
+    int form, k_pad, places;
+};
+
+/* x [rows, n] += share * out [places, n] of every slot, in the order of the experts. used <= 256 */
+struct combine_args {
+    const float *out, *share;
+    const int32_t *place;
+    float *x;
+    int rows, n, used;
+};
+
+/* x [rows, n] += sigmoid(router [n] . in [rows, n]) * out [rows, n] */
+struct gated_args {
+    const float *in, *out, *router;
+    float *x;
+    int rows, n;
 };
 
 /* y = norm(x) over n elements, or (add) y += norm(x); parts groups of n to a row of ld elements, with
@@ -67,11 +132,13 @@ struct norm_args {
     bool layer_norm, add;
 };
 
-/* Rotates the heads of q and k (cos NULL: not at all) and writes k and v to the cache: [n_head_kv,
- * n_ctx, head_dim] float16, position p in row p % n_ctx. */
+/* Rotates the heads of q and k (cos NULL: not at all), multiplies q by its row's growth, and writes k
+ * and v to the cache (keys NULL: not at all): [n_head_kv, n_ctx, head_dim] float16, position p in row
+ * p % n_ctx. */
 struct rope_args {
     float *q, *k;
     const float *v, *cos, *sin; /* [rows, n_rot / 2] */
+    const float *growth;        /* [rows], or NULL */
     uint16_t *keys, *values;
     const int32_t *pos0; /* position of row 0 */
     int rows, n_head, n_head_kv, head_dim, n_rot, n_ctx;
@@ -83,6 +150,7 @@ struct attention_args {
     const float *q; /* [rows, n_head, head_dim] */
     float *out;
     const uint16_t *k, *v;
+    const float *sink; /* [n_head], or NULL */
     const int32_t *pos0;
     float *partial; /* the library's own */
     int rows, first_row, n_head, n_head_kv, head_dim, n_ctx, window, stretches;
@@ -135,6 +203,11 @@ struct amber_cuda_api {
     void (*rope)(struct amber_cuda_device *d, const struct rope_args *g);
     void (*attention)(struct amber_cuda_device *d, const struct attention_args *g);
     void (*softcap)(struct amber_cuda_device *d, const struct softcap_args *g);
+    void (*route)(struct amber_cuda_device *d, const struct route_args *g);
+    void (*sort)(struct amber_cuda_device *d, const struct sort_args *g);
+    void (*gather)(struct amber_cuda_device *d, const struct gather_args *g);
+    void (*combine)(struct amber_cuda_device *d, const struct combine_args *g);
+    void (*gated)(struct amber_cuda_device *d, const struct gated_args *g);
 };
 
 #endif

@@ -112,9 +112,30 @@ DEVICE void gemm_block(const gemm_args &g, const unsigned char *stage, const uin
     }
 }
 
-template <int FORM, int MT> KERNEL(GEMM_THREADS, 1) void gemm_kernel(const gemm_args g) {
+/* The product of one expert, whose rows start at place `first`. */
+DEVICE void gemm_choose(gemm_args &g, int expert, int first, int form) {
+    g.a += frag_a_bytes(form, first, g.k_pad);
+    if (form != FORM_DENSE) g.e += frag_meta_bytes(form, first, g.k_pad);
+    g.b += (size_t)expert * frag_b_bytes(g.n_out, g.k_pad);
+    g.w_scale += (int64_t)expert * g.n_out;
+    if (g.bias) g.bias += (int64_t)expert * g.n_out;
+    if (g.shift) {
+        g.shift += first;
+        g.w_sum += (int64_t)expert * g.n_out;
+    }
+    g.a_scale += first;
+    g.y += first * g.ldy;
+}
+
+template <int FORM, int MT> KERNEL(GEMM_THREADS, 1) void gemm_kernel(const gemm_args given) {
     typedef gemm_tile<FORM, MT> tile;
     DYNAMIC_SHARED(shared);
+    gemm_args g = given;
+    if (g.begin) {
+        g.rows = g.count[blockIdx.z];
+        if ((int)blockIdx.y * tile::rows >= g.rows) return;
+        gemm_choose(g, (int)blockIdx.z, g.begin[blockIdx.z], FORM);
+    }
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int warp_m = warp / 4, warp_n = warp % 4;
     const int blocks = frag_blocks(FORM, g.k_pad);
@@ -168,9 +189,19 @@ template <int FORM, int MT> KERNEL(GEMM_THREADS, 1) void gemm_kernel(const gemm_
     }
 }
 
-/* One row, dense: every weight byte is read once. A block has 8 outputs, its warps share K. */
-KERNEL(GEMV_THREADS, 1) void gemv_kernel(const gemm_args g) {
+/* One row, or places of one row each, dense: every weight byte is read once. A block has 8 outputs of a
+ * row, its warps share K. */
+KERNEL(GEMV_THREADS, 1) void gemv_kernel(const gemm_args given) {
     SHARED int part[GEMV_THREADS / 32][FRAG_COLS];
+    gemm_args g = given;
+    if (g.expert_of) {
+        const int place = (int)blockIdx.y;
+        gemm_choose(g, g.expert_of[place], 0, FORM_DENSE);
+        g.a += frag_dense_offset(place, 0, g.k_pad);
+        g.a_scale += place;
+        if (g.shift) g.shift += place;
+        g.y += place * g.ldy;
+    }
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int real = g.k_pad / FRAG_BLOCK;
     const unsigned char *b = g.b + (size_t)blockIdx.x * (size_t)real * FRAG_BYTES + lane * 16;

@@ -44,8 +44,14 @@ union input_slots {
 
 DEVICE float input_activate(int source, float gate) {
     if (source == INPUT_SILU) return gate / (1.0f + expf(-gate));
+    if (source == INPUT_RELU2) return gate < 0 ? 0 : gate * gate;
     const float inner = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
     return 0.5f * gate * (1.0f + tanhf(inner));
+}
+DEVICE float input_clamped(float gate, float up) {
+    gate = gate > 7 ? 7 : gate;
+    up = up > 7 ? 7 : up < -7 ? -7 : up;
+    return gate / (1.0f + expf(-1.702f * gate)) * (up + 1.0f);
 }
 
 /* z = the row that the source gives, zeros behind its end. */
@@ -54,7 +60,9 @@ DEVICE void input_make(const input_args &g, int row, float *z, int channels, inp
     float sum = 0, squares = 0;
     for (int k = (int)threadIdx.x; k < channels; k += INPUT_THREADS) {
         float v = k < g.n ? x[k] : 0;
-        if (k < g.n && (g.source == INPUT_SILU || g.source == INPUT_GELU)) {
+        if (k < g.n && g.source == INPUT_CLAMPED) {
+            v = input_clamped(v, up[k]);
+        } else if (k < g.n && g.source >= INPUT_SILU) {
             v = input_activate(g.source, v);
             if (up) v = v * up[k];
         }
@@ -102,18 +110,6 @@ AMBER_HD uint32_t input_bits(float v) {
     } bits = {v};
     return bits.u;
 }
-/* Keys that order like the numbers. */
-AMBER_HD uint32_t input_order(float v) {
-    const uint32_t bits = input_bits(v);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-AMBER_HD float input_unorder(uint32_t key) {
-    union {
-        uint32_t u;
-        float f;
-    } bits = {key >> 31 ? key & 0x7fffffffu : ~key};
-    return bits.f;
-}
 
 /* The lower median, found bit by bit: the largest key that at most (n - 1) / 2 others lie below. */
 DEVICE float input_median(const float *z, int n, input_slots *slots) {
@@ -122,10 +118,10 @@ DEVICE float input_median(const float *z, int n, input_slots *slots) {
         const uint32_t candidate = key | 1u << bit;
         int below = 0;
         for (int k = (int)threadIdx.x; k < n; k += INPUT_THREADS)
-            below += input_order(z[input_at(k)]) < candidate;
+            below += order_bits(z[input_at(k)]) < candidate;
         if (block_sum(below, slots->i) <= (n - 1) / 2) key = candidate;
     }
-    return input_unorder(key);
+    return order_value(key);
 }
 
 /* ---- masked patterns (sparse.h) ---- */
@@ -303,6 +299,8 @@ template <int FORM, int STORED> KERNEL(INPUT_THREADS, 1) void input_kernel(const
     input_rows w;
     int row = (int)blockIdx.x;
     w.rows = 1;
+    const int of = g.row_of ? g.row_of[row] : row; /* the same for all threads */
+    if (of < 0) return;
     if (pairs) {
         const int end = 2 * row - g.odd + 2 < g.rows ? 2 * row - g.odd + 2 : g.rows;
         row = 2 * row - g.odd > 0 ? 2 * row - g.odd : 0;
@@ -320,7 +318,8 @@ template <int FORM, int STORED> KERNEL(INPUT_THREADS, 1) void input_kernel(const
 
     SHARED float shift[2];
     SHARED double var[2];
-    const bool pruned = row >= g.pruned_from && g.pattern.kind != AMBER_PATTERN_DENSE;
+    const bool pruned =
+        (g.row_of ? of : row) >= g.pruned_from && g.pattern.kind != AMBER_PATTERN_DENSE;
     for (int i = 0; i < w.rows; i++) {
         float *z = w.z + i * w.row, off = 0;
         input_make(g, row + i, z, w.channels, &slots);

@@ -45,13 +45,18 @@ DEVICE void rope_heads(const rope_args &g, float *x, int heads, const float *cos
 KERNEL(ROW_THREADS, 1) void rope_kernel(const rope_args g) {
     const int64_t row = blockIdx.x, width = (int64_t)g.n_head_kv * g.head_dim;
     float *k = g.k + row * width;
-    const float *v = g.v + row * width;
+    float *q = g.q + row * g.n_head * g.head_dim;
     if (g.cos) {
         const float *cos = g.cos + row * (g.n_rot / 2), *sin = g.sin + row * (g.n_rot / 2);
-        rope_heads(g, g.q + row * g.n_head * g.head_dim, g.n_head, cos, sin);
+        rope_heads(g, q, g.n_head, cos, sin);
         rope_heads(g, k, g.n_head_kv, cos, sin);
         sync_block();
     }
+    if (g.growth)
+        for (int i = (int)threadIdx.x; i < g.n_head * g.head_dim; i += ROW_THREADS)
+            q[i] = q[i] * g.growth[row];
+    if (!g.keys) return;
+    const float *v = g.v + row * width;
     const int64_t at = (int64_t)((*g.pos0 + (int)row) % g.n_ctx) * g.head_dim;
     for (int i = (int)threadIdx.x; i < width; i += ROW_THREADS) {
         const int64_t to = (int64_t)(i / g.head_dim) * g.n_ctx * g.head_dim + at + i % g.head_dim;

@@ -30,6 +30,9 @@ DEVICE uint32_t shuffle_xor(uint32_t v, int mask) {
 DEVICE double shuffle_xor(double v, int mask) {
     return __shfl_xor_sync(0xffffffffu, v, mask);
 }
+DEVICE void add_shared(int *at, int v) {
+    atomicAdd(at, v);
+}
 /* c + the sum of four signed products. */
 DEVICE int dot4(uint32_t a, uint32_t b, int c) {
     return __dp4a((int)a, (int)b, c);
@@ -100,6 +103,22 @@ template <int left> DEVICE void copy_wait(void) {
 #else
 #include "simt_emulate.h"
 #endif
+
+/* Keys that order like the numbers; of a NaN without sign the largest. */
+DEVICE uint32_t order_bits(float v) {
+    union {
+        float f;
+        uint32_t u;
+    } bits = {v};
+    return bits.u >> 31 ? ~bits.u : bits.u | 0x80000000u;
+}
+DEVICE float order_value(uint32_t key) {
+    union {
+        uint32_t u;
+        float f;
+    } bits = {key >> 31 ? key & 0x7fffffffu : ~key};
+    return bits.f;
+}
 
 DEVICE float lane_sum(float v) {
     for (int mask = 16; mask > 0; mask /= 2) v += shuffle_xor(v, mask);

@@ -260,6 +260,9 @@ static inline uint32_t shuffle_xor(uint32_t v, int mask) {
 static inline double shuffle_xor(double v, int mask) {
     return simt_shuffle(v, mask);
 }
+static inline void add_shared(int *at, int v) {
+    *at += v;
+}
 static inline int dot4(uint32_t a, uint32_t b, int c) {
     for (int i = 0; i < 4; i++) c += emulate_byte(a, i) * emulate_byte(b, i);
     return c;
