@@ -8,6 +8,7 @@ import pytest
 
 import amber
 from amber import calibrate, quantize
+from amber.eval import evaluate
 from numpy_llama import PROJECTIONS, NumpyLlama, Rule, round_rows
 
 torch = pytest.importorskip("torch")
@@ -53,6 +54,17 @@ def test_learned(plan: str, rule: Rule, model: Path, text: Path, tmp_path: Path)
         cells = calibrate.expand(plan, engine.info, ())
         assert calibrate.expand(engine.metadata["amber.plan"], engine.info, ()) == cells
         assert float(engine.metadata["amber.plan.kl_mean"]) > 0
+
+    if "lpts" in plan:  # what is learned block by block helps the whole model
+        kl = {}
+        for sparse in ("auto", plan.replace("/lpts", "").replace("/ls", "")):
+            with (
+                amber.Engine(out, sparse=sparse) as engine,
+                amber.Engine(out, sparse="off") as dense,
+            ):
+                other = text.read_text()[12000:]
+                kl[sparse] = evaluate(engine, other, ctx=48, chunks=20, against=dense).kl_mean
+        assert kl.pop("auto") < 0.95 * kl.popitem()[1]
 
     learned = tool.Model(str(out), cells)
     x = learned.embed(tokens)

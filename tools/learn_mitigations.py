@@ -318,10 +318,15 @@ def learn_model(
 # ---- the command ----
 
 
-def random_windows(tokens: Sequence[int], count: int, length: int) -> list[list[int]]:
-    """Windows that begin anywhere in a text."""
+def random_windows(
+    tokens: Sequence[int], count: int, length: int, bos: int | None
+) -> list[list[int]]:
+    """Windows that begin anywhere in a text, with BOS in the first token's place."""
     starts = np.random.default_rng(0).integers(0, len(tokens) - length + 1, count)
-    return [list(tokens[start : start + length]) for start in starts]
+    windows = [list(tokens[start : start + length]) for start in starts]
+    for window in windows if bos is not None else ():
+        window[0] = bos
+    return windows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -350,6 +355,7 @@ def run(args: argparse.Namespace) -> Learned:
     with Engine(path, sparse="off", device="cpu", threads=args.threads) as engine:
         plan = calibrate.expand(text, engine.info, calibrate.preset(engine.info))
         tokens = engine.tokenize(story)
+        bos = engine.tokenizer.bos if engine.tokenizer.adds_bos else None
     methods = {method.partition(":")[0] for rule in plan.values() for method in rule.split("/")[1:]}
     if not methods & set(LEARNED):
         raise ValueError(f"--sparse: expected one of {', '.join(LEARNED)} in it, found {text}")
@@ -358,7 +364,7 @@ def run(args: argparse.Namespace) -> Learned:
             "expected two windows or more, an epoch or more and a text of "
             f"{args.ctx} tokens, found {args.windows}, {args.epochs} and {len(tokens)}"
         )
-    windows = random_windows(tokens, args.windows, args.ctx)
+    windows = random_windows(tokens, args.windows, args.ctx, bos)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(
             tempfile.TemporaryDirectory(dir=os.path.dirname(args.out) or ".")

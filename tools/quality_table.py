@@ -7,7 +7,7 @@ first part of its training text and measured on held-out text, and stories3M, on
 text. For every pattern: all projections ("naive"), the paper's policy (down, q and gate), the same
 in a model whose channels were put in an order for it, and the fastest plan that costs no more KL on
 the calibration text than the policy did (amber-quantize --max-kl). Then criteria and mitigations at
-2:4 and 8:16, smoothing, and pruned weights beside them.
+2:4 and 8:16, what can be learned (where PyTorch is), smoothing, and pruned weights beside them.
 
 Perplexity by llama-perplexity's protocol (windows of 512 tokens), KL divergence and top-1 agreement
 against the same model in float32 without sparsity. Speed is modelled: of the layers' projections,
@@ -29,12 +29,20 @@ from amber.eval import evaluate
 from amber.models import find_model
 from amber.timing import TimeModel
 
+try:
+    import learn_mitigations as learning
+except ImportError:  # without PyTorch nothing is learned
+    learning = None
+
 PATTERNS = ["2:4", "4:8", "8:16", "16:32", "2:4+r32", "2:4+r16", "8:16x4", "12:16x4", "8:16x4t2",
             "12:16x4t2"]  # fmt: skip
-BUDGETED = ["2:4", "8:16", "16:32", "12:16x4", "12:16x4t2"]  # whose family a budget chooses from
+# Whose family a budget chooses from, and whether channels are put in order too.
+BUDGETED = {"2:4": (False,), "8:16": (False,), "12:16x4t2": (False, True)}
 METHODS = ["", "/norm", "/amber", "/amber-b", "/clact", "/var", "/dpts", "/dpts-median", "/spts",
            "/spts-channel", "/rsparse:8", "/rsparse:32", "/amber/var", "/dpts-median/var",
            "/norm/dpts-median"]  # fmt: skip
+LEARNED = ["/lpts", "/lpts/ls", "/lpts/ls/var"]  # by tools/learn_mitigations.py, where PyTorch is
+LEARNING = ["--windows", "32", "--ctx", "512"]
 STUDY_CHUNKS = 4  # windows of the calibration text that a budget is measured on
 
 
@@ -52,7 +60,7 @@ class Setup:
             text, other = whole[:400_000], whole[400_000:]
         self.name, self.text, self.folder = name, text, folder
         self.calibration = folder / f"{name}.txt"
-        self.calibration.write_text(other[:60_000], encoding="utf-8")
+        self.calibration.write_text(other[:120_000], encoding="utf-8")
 
     def quantize(self, *options: str) -> tuple[str, dict[str, Any]]:
         """An Amber GGUF and its report."""
@@ -111,7 +119,8 @@ class Table:
     def budgeted(self, pattern: str) -> None:
         """The policy's cost on the calibration text is the budget; with channels in order too."""
         _, fixed = self.setup.quantize("--sparse", pattern)
-        for options, label in ((), ""), (("--permute",), ", in order"):
+        for ordered in BUDGETED[pattern]:
+            options, label = (("--permute",), ", in order") if ordered else ((), "")
             out, report = self.setup.quantize(
                 "--sparse", pattern, "--max-kl", f"{fixed['kl_mean']:.6f}", *options
             )
@@ -129,6 +138,19 @@ class Table:
                 label = method.strip("/") or "act"
                 model = files.get(method, self.setup.model)
                 self.measure(pattern, label, model, f"{pattern}{method}@all")
+            for method in LEARNED if learning else ():
+                out = str(self.setup.folder / "learned")
+                options = [
+                    "--text",
+                    str(self.setup.calibration),
+                    "--sparse",
+                    f"{pattern}{method}@all",
+                ]
+                args = learning.parser().parse_args(
+                    [self.setup.model, out, "-q", *options, *LEARNING]
+                )
+                learning.run(args)
+                self.measure(pattern, f"{method.strip('/')}, learned", out, "auto")
             for kind, alpha in (("smoothquant", "0.5"), ("outstanding", "0.10")):
                 out, _ = self.setup.quantize("--smooth", kind, "--alpha", alpha)
                 self.measure(pattern, f"{kind}, alpha {alpha}", out, f"{pattern}@all")
