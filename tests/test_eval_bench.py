@@ -370,6 +370,7 @@ def test_modelled_time_of_a_table(tmp_path):
     assert one("2:4", model=plain) == 5000 and one("dense", model=plain) == 10000
     assert one("2:4+r16", model=plain) == 6250 and one("top30%", model=plain) == 3000
     assert one("8:16x4t2", model=plain) == pytest.approx(5540)
+    assert one("2:4/rsparse:8", model=plain) == 5000 + 8 * 200
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 import amber
 from amber import quantize
-from numpy_llama import PROJECTIONS, NumpyLlama, Rule, round_rows
+from numpy_llama import PROJECTIONS, NumpyLlama, Rule, round_rows, sparse_linear
 
 ALL = tuple(PROJECTIONS)
 RANK = 5
@@ -63,6 +63,12 @@ CASES = [
 ]
 
 
+REAL_LAYERS, SOURCES = (1, 6), {"k": "q", "v": "q", "up": "gate"}
+CLACT = ("8:16/clact@all", Rule(8, 16, criterion="clact"), ())
+REAL = [("int8", *case) for case in (*CASES, CLACT)]
+REAL += [("float", *case) for case in (*CASES[:4], CLACT)]  # scores: of weights before rounding
+
+
 def rules(oracle: NumpyLlama, rule: Rule, parts: tuple[str, ...], vectors: dict) -> dict:
     made = {}
     for il in range(oracle.layers):
@@ -114,6 +120,72 @@ def test_float_logits_equal_numpy(
         mixed = engine.logits(tokens, all=True)
     assert np.allclose(mixed[:6], dense[:6], atol=1e-4)
     assert not np.allclose(mixed[6], dense[6], atol=1e-2)
+
+
+# ---- on what the demo model's projections read ----
+
+
+@pytest.fixture(scope="module")
+def real(demo_model: Path) -> dict:
+    """Inputs of the demo model's projections over a text of its own."""
+    with amber.Engine(demo_model, sparse="off") as engine:
+        story = engine.generate("Once upon a time", max_tokens=200, temperature=0.8, seed=1)
+        return engine.activations(story.text)
+
+
+@pytest.fixture(scope="module")
+def demo(demo_model: Path, real: dict, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """(Amber GGUF, its vectors, weights by (layer, projection)): shifts are the channels' means,
+    factors an SVD's, and what is learned is drawn at random."""
+    folder = tmp_path_factory.mktemp("demo")
+    plain, out = folder / "plain.gguf", folder / "demo.gguf"
+    assert quantize.main([str(demo_model), str(plain), "-q"]) == 0
+    oracle, rng, vectors, weights = NumpyLlama(demo_model), np.random.default_rng(4), {}, {}
+    for il in REAL_LAYERS:
+        for name, tensor in PROJECTIONS.items():
+            stem = f"blk.{il}.{tensor}"
+            w = weights[il, name] = oracle.t[f"{stem}.weight"]
+            u, s, v = np.linalg.svd(w, full_matrices=False)
+            vectors[f"{stem}.shift"] = real[il, SOURCES.get(name, name)].mean(axis=0)
+            vectors[f"{stem}.gain"] = 1 + 0.2 * rng.standard_normal(len(w))
+            vectors[f"{stem}.offset"] = 0.1 * rng.standard_normal(len(w))
+            vectors[f"{stem}.left"] = u[:, :RANK] * s[:RANK]
+            vectors[f"{stem}.right"] = v[:RANK]
+    vectors = {name: values.astype(np.float32) for name, values in vectors.items()}
+    source = quantize.Source(str(plain))
+    keys = quantize.base_keys(source) | {"amber.shift": "lpts"}
+    quantize.copy_with_keys(source, str(out), keys, vectors)
+    return out, vectors, weights
+
+
+@pytest.mark.parametrize(
+    ("precision", "text", "rule", "parts"), REAL, ids=[f"{case[0]}-{case[1]}" for case in REAL]
+)
+def test_projections_of_real_activations(
+    precision: str, text: str, rule: Rule, parts: tuple, real: dict, demo: tuple
+) -> None:
+    """As in test_sparse_model: single rows go their own way, hence the median of their errors. In
+    float precision the weights are the file's, multiplied out."""
+    int8 = precision == "int8"
+    path, vectors, weights = demo
+    source = quantize.Source(str(path))
+    with (
+        amber.Engine(path, precision=precision, sparse=text + "#1,6", evaluation=True) as engine,
+        engine.session() as session,
+    ):
+        for (il, name), w in weights.items():
+            x = real[il, SOURCES.get(name, name)]
+            stem = f"blk.{il}.{PROJECTIONS[name]}"
+            own = {p: vectors[f"{stem}.{p}"].astype(float) for p in parts}
+            own = {"eta" if p == "shift" else p: v for p, v in own.items()}
+            ours = session.project(il, name, x, len(w))
+            held = w if int8 else source.unpacked(stem, *w.shape).astype(float)
+            expected = sparse_linear(x.astype(float), held, replace(rule, **own), int8)
+            rows = np.linalg.norm(ours - expected, axis=1) / np.linalg.norm(expected, axis=1)
+            assert np.median(rows) < (5e-4 if int8 else 1e-5), (il, name)
+
+
+# ---- promises ----
 
 
 def test_decode_ignores_vectors(packed: Path, tokens: list) -> None:

@@ -263,10 +263,11 @@ def test_coverage_of_the_papers_models(
 
 
 @pytest.fixture(scope="module")
-def real(demo_model: Path, testdata: Path) -> tuple[NumpyLlama, dict]:
-    text = (testdata / "text" / "wiki.test.raw").read_text()[:1500]
+def real(demo_model: Path) -> tuple[NumpyLlama, dict]:
+    """The demo model's weights, and what its projections read of a story that it made up."""
     with amber.Engine(demo_model, sparse="off") as engine:
-        return NumpyLlama(demo_model), engine.activations(text)
+        story = engine.generate("Once upon a time", max_tokens=300, temperature=0.8, seed=1)
+        return NumpyLlama(demo_model), engine.activations(story.text)
 
 
 @pytest.mark.parametrize(("text", "rule", "scope"), CASES, ids=[case[0] for case in CASES])

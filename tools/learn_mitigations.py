@@ -254,7 +254,7 @@ def learn(
 ) -> tuple[list[Tensor], float, float]:
     """Trains what the block's rules learn. inputs: [tokens, width] of each window; the last `held`
     of them are kept out. Returns what the pruned block gives for them, and the error on the windows
-    kept out before and after."""
+    kept out before and after; what does not lower it there is undone."""
     block.prune(False)
     with torch.no_grad():
         targets = [block(x) for x in inputs]
@@ -265,7 +265,8 @@ def learn(
         with torch.no_grad():
             return float(np.mean([float(loss_of(block, inputs[i], targets[i])) for i in check]))
 
-    before = error()
+    before = after = error()
+    begun = {name: values.clone() for name, values in block.state_dict().items()}
     parameters = list(block.parameters())
     if parameters and any(linear.rule for linear in block.linears.values()):
         steps = epochs * len(train)
@@ -282,8 +283,12 @@ def learn(
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()
+        after = error()
+        if after > before:
+            block.load_state_dict(begun)
+            after = before
     with torch.no_grad():
-        return [block(x) for x in inputs], before, error()
+        return [block(x) for x in inputs], before, after
 
 
 def vectors(layer: int, block: Block) -> Iterator[tuple[str, np.ndarray]]:
@@ -376,7 +381,7 @@ def run(args: argparse.Namespace) -> Learned:
         else:
             quantize.write_packed(source, plain, quantize.base_keys(source), lambda *_: None)
         made = learn_model(
-            plain, plan, windows, lr=args.lr, epochs=args.epochs, held=max(1, args.windows // 16),
+            plain, plan, windows, lr=args.lr, epochs=args.epochs, held=max(1, args.windows // 8),
             say=lambda line: None if args.quiet else print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
         source = quantize.Source(plain)

@@ -117,18 +117,21 @@ class TimeModel:
 
     def projection(self, method: str, name: str, work: int, matrix: tuple[int, int]) -> float:
         """Time of one projection for one token. method: as in a Plan, or "dense"; work: its
-        multiplications, with matrices of this (n_out, n_in)."""
+        multiplications, with matrices of this (n_out, n_in). Factors of rank R (rsparse:R) count as
+        R (n_out + n_in) dense ones."""
         text = method.partition("/")[0]
+        rank = re.search(r"/rsparse:(\d+)", method)
+        extra = int(rank[1]) * sum(matrix) if rank else 0
         if not self.products:
             kind, share = share_kept(text)
-            return work * (0.074 + 0.060 * 16 * share if kind == "x4t2" else share)
+            return extra + work * (0.074 + 0.060 * 16 * share if kind == "x4t2" else share)
         n_out, n_in = max(matrix[0], 1), max(matrix[1], 1)
         shape = min(
             self.products,
             key=lambda s: abs(math.log(s[0] / n_out)) + abs(math.log(s[1] / n_in)),
         )
         times = self.products[shape]
-        seconds = work / math.prod(shape) * times["dense"] * _ratio(times, text)
+        seconds = (work * _ratio(times, text) + extra) / math.prod(shape) * times["dense"]
         if not self.inputs:
             return seconds
         width = min(self.inputs, key=lambda w: abs(math.log(w / n_in)))
