@@ -179,6 +179,7 @@ typedef struct amber_session_stats {
     int64_t decode_tokens; /* since amber_session_new or amber_session_reset_stats */
     double decode_seconds;
     int64_t kv_bytes, scratch_bytes;
+    int32_t n_batch; /* most rows of one batch */
 } amber_session_stats;
 
 typedef struct amber_sampling {
@@ -243,6 +244,8 @@ void amber_engine_set_sparse_min(amber_engine *engine, int32_t tokens);
 
 /* ---- session ---- */
 
+#define AMBER_SESSIONS_MAX 256 /* that amber_sessions_append takes at once */
+
 void amber_session_options_defaults(amber_session_options *options);
 amber_status amber_session_new(amber_engine *engine, const amber_session_options *options,
                                amber_session **out, amber_error *err);
@@ -255,6 +258,13 @@ amber_status amber_session_sync(amber_session *session, const int32_t *tokens, i
                                 amber_error *err);
 /* Adds one token: a decode step, dense whatever the plan. */
 amber_status amber_session_append(amber_session *session, int32_t token, amber_error *err);
+/* Adds one token to each of n different sessions of one engine, tokens[i] to sessions[i]: a decode
+ * step that reads each weight once for all of them. Leaves in each the same bits as
+ * amber_session_append would, one session after the other; decode_seconds of each grow by the whole
+ * step's. n is at most AMBER_SESSIONS_MAX and the largest n_batch among them. AMBER_ERR_UNSUPPORTED
+ * for more than one on a GPU. After a failure no session has gained a token. */
+amber_status amber_sessions_append(amber_session *const *sessions, const int32_t *tokens, int32_t n,
+                                   amber_error *err);
 /* As sync from an empty session, and writes the logits of positions first..n-1 to
  * out [(n - first), n_vocab] float32. Used to measure quality. */
 amber_status amber_session_score(amber_session *session, const int32_t *tokens, int32_t n,

@@ -9,8 +9,9 @@ void rope_angles(const struct batch *b, int table, float *cosines, float *sines)
     const int half = s->n_rot / 2;
     const float mscale = table == 0 ? s->rope_mscale : 1;
     for (int r = 0; r < b->rows; r++) {
+        const struct place at = place_of(b, r);
         for (int i = 0; i < half; i++) {
-            double angle = (b->pos0 + r) * b->rope_freq[table][i];
+            double angle = at.position * at.cache->rope_freq[table][i];
             cosines[(int64_t)r * half + i] = (float)cos(angle) * mscale;
             sines[(int64_t)r * half + i] = (float)sin(angle) * mscale;
         }
@@ -43,8 +44,7 @@ static void store_head(const struct batch *b, uint8_t *cache, int64_t row, const
 struct attention_job {
     struct batch *b;
     int il;
-    struct amber_attention a;
-    int units;
+    int rows, units; /* rows of one cache that go together, and their units of work */
 };
 
 static void norm_heads(const struct batch *b, const struct norm *norm, float *x, int n_head) {
@@ -82,11 +82,14 @@ static void rope_work(void *ctx, int ith, int nth) {
     const struct shape *s = &b->model->shape;
     const struct layer *layer = &b->model->layers[job->il];
     const int table = s->windowed[job->il] && b->rope_freq[1];
-    const int positions = layer_positions(b, s, job->il), width = s->n_head_kv * s->head_dim;
-    uint8_t *keys = kv_layer(b, job->il, false), *values = kv_layer(b, job->il, true);
+    const int width = s->n_head_kv * s->head_dim;
     int begin, end;
     amber_split(b->rows, 1, ith, nth, &begin, &end);
     for (int r = begin; r < end; r++) {
+        const struct place at = place_of(b, r);
+        const int positions = layer_positions(at.cache, s, job->il);
+        uint8_t *keys = kv_layer(at.cache, job->il, false);
+        uint8_t *values = kv_layer(at.cache, job->il, true);
         float *q = q_row(b, b->q, r), *k = b->k + (int64_t)r * width;
         const float *v = b->v + (int64_t)r * width;
         if (!s->arch->rope_first) norm_both(b, layer, q, k);
@@ -95,9 +98,9 @@ static void rope_work(void *ctx, int ith, int nth) {
             rope_heads(b, table, r, k, s->n_head_kv);
         }
         if (s->arch->rope_first) norm_both(b, layer, q, k);
-        if (s->temperature) grow_query(s, b->pos0 + r, q);
+        if (s->temperature) grow_query(s, at.position, q);
         for (int h = 0; h < s->n_head_kv; h++) {
-            const int64_t row = (int64_t)h * positions + (b->pos0 + r) % positions;
+            const int64_t row = (int64_t)h * positions + at.position % positions;
             store_head(b, keys, row, k + h * s->head_dim);
             store_head(b, values, row, v + h * s->head_dim);
         }
@@ -109,36 +112,48 @@ void op_rope_and_store(struct batch *b, int il) {
     run_rows(b, rope_work, &job);
 }
 
+/* Attention of rows first..first+rows-1, which follow each other in one cache. */
+static struct amber_attention attention_of(const struct batch *b, int il, int first, int rows) {
+    const struct shape *s = &b->model->shape;
+    const struct place at = place_of(b, first);
+    return (struct amber_attention){.q = q_row(b, b->q, first),
+                                    .out = q_row(b, b->attn, first),
+                                    .k = kv_layer(at.cache, il, false),
+                                    .v = kv_layer(at.cache, il, true),
+                                    .sink = b->model->layers[il].sinks,
+                                    .kv_f32 = b->kv_f32,
+                                    .rows = rows,
+                                    .n_head = s->n_head,
+                                    .n_head_kv = s->n_head_kv,
+                                    .head_dim = s->head_dim,
+                                    .n_ctx = layer_positions(at.cache, s, il),
+                                    .pos0 = at.position,
+                                    .window = layer_window(s, il),
+                                    .scale = s->attn_scale,
+                                    .softcap = s->attn_softcap};
+}
+
 static void attention_work(void *ctx, int ith, int nth) {
     const struct attention_job *job = ctx;
-    const struct amber_kernels *kernels = job->b->kernels;
+    const struct batch *b = job->b;
+    const int units = b->rows / job->rows * job->units;
     /* Later row blocks see more positions and cost more: dealing single units out in turn balances
      * the threads better than one stretch each. */
-    for (int unit = ith; unit < job->units; unit += nth)
-        kernels->attention(&job->a, unit, unit + 1,
-                           job->b->attn_scratch + (size_t)ith * kernels->attention_scratch);
+    for (int unit = ith; unit < units; unit += nth) {
+        const int first = unit / job->units * job->rows, i = unit % job->units;
+        const struct amber_attention a = attention_of(b, job->il, first, job->rows);
+        b->kernels->attention(&a, i, i + 1,
+                              b->attn_scratch + (size_t)ith * b->kernels->attention_scratch);
+    }
 }
 
 void op_attention(struct batch *b, int il) {
     const struct shape *s = &b->model->shape;
-    struct attention_job job = {.b = b, .il = il};
-    job.a = (struct amber_attention){.q = b->q,
-                                     .out = b->attn,
-                                     .k = kv_layer(b, il, false),
-                                     .v = kv_layer(b, il, true),
-                                     .sink = b->model->layers[il].sinks,
-                                     .kv_f32 = b->kv_f32,
-                                     .rows = b->rows,
-                                     .n_head = s->n_head,
-                                     .n_head_kv = s->n_head_kv,
-                                     .head_dim = s->head_dim,
-                                     .n_ctx = layer_positions(b, s, il),
-                                     .pos0 = b->pos0,
-                                     .window = layer_window(s, il),
-                                     .scale = s->attn_scale,
-                                     .softcap = s->attn_softcap};
-    job.units = b->kernels->attention_units(&job.a);
-    int64_t seen = (int64_t)b->rows * (b->pos0 + b->rows);
+    struct attention_job job = {.b = b, .il = il, .rows = b->places ? 1 : b->rows};
+    const struct amber_attention a = attention_of(b, il, 0, job.rows);
+    job.units = b->kernels->attention_units(&a);
+    int64_t seen = 0;
+    for (int r = 0; r < b->rows; r++) seen += place_of(b, r).position + 1;
     if (2 * seen * s->n_head * s->head_dim < MIN_SHARED)
         attention_work(&job, 0, 1);
     else

@@ -249,6 +249,7 @@ void amber_session_free(amber_session *session) {
     cuda_batch_free(&session->batch);
     pthread_mutex_unlock(&session->engine->lock);
     for (int i = 0; i < session->n_blocks; i++) amber_free(session->blocks[i]);
+    amber_free(session->step_logits);
     free(session->blocks);
     free(session);
 }
@@ -391,6 +392,112 @@ amber_status amber_session_append(amber_session *session, int32_t token, amber_e
     return status;
 }
 
+/* ---- several sessions at once ---- */
+
+static amber_status check_step(amber_session *const *sessions, const int32_t *tokens, int n,
+                               amber_error *err) {
+    if (n < 1 || n > AMBER_SESSIONS_MAX)
+        return amber_fail(err, AMBER_ERR_ARGUMENT, "sessions: expected 1 to %d, found %d",
+                          AMBER_SESSIONS_MAX, n);
+    for (int i = 0; i < n; i++) {
+        const struct amber_session *session = sessions[i];
+        const int n_ctx = session->batch.n_ctx, n_vocab = session->batch.model->shape.n_vocab;
+        if (session->engine != sessions[0]->engine)
+            return amber_fail(err, AMBER_ERR_ARGUMENT,
+                              "sessions: expected those of one engine, found another's at %d", i);
+        for (int j = 0; j < i; j++)
+            if (session == sessions[j])
+                return amber_fail(err, AMBER_ERR_ARGUMENT,
+                                  "sessions: expected different ones, found the same at %d and %d",
+                                  j, i);
+        if (session->n_past >= n_ctx)
+            return amber_fail(err, AMBER_ERR_CONTEXT,
+                              "context of session %d is full: %d tokens, context is %d (use a "
+                              "larger context)",
+                              i, session->n_past + 1, n_ctx);
+        if (tokens[i] < 0 || tokens[i] >= n_vocab)
+            return amber_fail(err, AMBER_ERR_ARGUMENT,
+                              "token of session %d: expected 0..%d, found %d", i, n_vocab - 1,
+                              tokens[i]);
+    }
+    if (n > 1 && sessions[0]->engine->cuda)
+        return amber_fail(err, AMBER_ERR_UNSUPPORTED,
+                          "sessions: several at once run on the CPU only (append to one after the "
+                          "other, or use device cpu)");
+    return AMBER_OK;
+}
+
+/* The one whose buffers hold the most rows. */
+static struct amber_session *roomiest(amber_session *const *sessions, int n) {
+    struct amber_session *best = sessions[0];
+    for (int i = 1; i < n; i++)
+        if (sessions[i]->batch.n_batch > best->batch.n_batch) best = sessions[i];
+    return best;
+}
+
+static bool make_step_logits(struct amber_session *session, int rows) {
+    if (rows <= session->step_rows) return true;
+    const int64_t row = (int64_t)sizeof(float) * session->batch.model->shape.n_vocab;
+    float *logits = amber_alloc((size_t)(row * rows));
+    if (!logits) return false;
+    amber_free(session->step_logits);
+    session->scratch_bytes += row * (rows - session->step_rows);
+    session->step_logits = logits;
+    session->step_rows = rows;
+    return true;
+}
+
+/* A session whose ring has lost what the next token sees is computed again. */
+static amber_status recover(struct amber_session *session, amber_error *err) {
+    const int n = session->n_past;
+    if (resume_at(session, n) == n) return AMBER_OK;
+    session->batch.prefill = session->batch.sparse = false;
+    return extend(session, session->tokens, n, n, NULL, err);
+}
+
+amber_status amber_sessions_append(amber_session *const *sessions, const int32_t *tokens, int32_t n,
+                                   amber_error *err) {
+    amber_status status = check_step(sessions, tokens, n, err);
+    if (status != AMBER_OK) return status;
+    if (n == 1) return amber_session_append(sessions[0], tokens[0], err);
+    struct amber_session *host = roomiest(sessions, n);
+    struct batch *b = &host->batch;
+    if (n > b->n_batch)
+        return amber_fail(err, AMBER_ERR_ARGUMENT,
+                          "sessions: expected at most n_batch, %d, found %d (use a larger n_batch)",
+                          b->n_batch, n);
+    if (!make_step_logits(host, n))
+        return amber_fail(err, AMBER_ERR_MEMORY, "sessions: no memory for the logits of %d", n);
+
+    double start = amber_seconds();
+    struct place places[AMBER_SESSIONS_MAX];
+    for (int i = 0; i < n; i++) {
+        struct amber_session *session = sessions[i];
+        if ((status = recover(session, err)) != AMBER_OK) return status;
+        places[i] = (struct place){&session->batch, session->n_past};
+    }
+    pthread_mutex_lock(&host->engine->lock);
+    b->prefill = b->sparse = false;
+    b->tick = NULL;
+    b->places = places;
+    status = forward(b, tokens, n, 0, 0, host->step_logits);
+    b->places = NULL;
+    pthread_mutex_unlock(&host->engine->lock);
+    const int n_vocab = b->model->shape.n_vocab;
+    const double seconds = amber_seconds() - start;
+    for (int i = 0; i < n; i++) {
+        struct amber_session *session = sessions[i];
+        memcpy(session->logits, host->step_logits + (int64_t)i * n_vocab,
+               sizeof(float) * (size_t)n_vocab);
+        session->tokens[session->n_past++] = tokens[i];
+        session->n_written = amber_max(session->n_written, session->n_past);
+        session->has_logits = true;
+        session->stats.decode_tokens++;
+        session->stats.decode_seconds += seconds;
+    }
+    return status;
+}
+
 amber_status amber_session_score(amber_session *session, const int32_t *tokens, int32_t n,
                                  int32_t first, float *out, amber_error *err) {
     amber_status status = check_tokens(session, tokens, n, err);
@@ -480,6 +587,7 @@ void amber_session_get_stats(const amber_session *session, amber_session_stats *
     amber_session_stats full = session->stats;
     full.n_ctx = session->batch.n_ctx;
     full.n_past = session->n_past;
+    full.n_batch = session->batch.n_batch;
     full.kv_bytes = session->kv_bytes;
     full.scratch_bytes = session->scratch_bytes;
     full.size = stats->size;

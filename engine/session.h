@@ -33,8 +33,17 @@ struct activation {
 /* Projections that share an input need at most one dense and three differently pruned copies. */
 #define MAX_INPUTS 4
 
-/* One forward pass over `rows` consecutive tokens, and the scratch it works in. All buffers are
- * sized for the session's n_batch rows when the session is made; nothing is allocated here. */
+struct batch;
+
+/* Where a row belongs: the cache that it reads and adds to, and its position there. */
+struct place {
+    const struct batch *cache;
+    int position;
+};
+
+/* One forward pass over `rows` consecutive tokens of one session, or over one token each of several
+ * sessions, and the scratch it works in. All buffers are sized for the session's n_batch rows when
+ * the session is made; nothing is allocated here. */
 struct batch {
     const struct model *model;
     const struct ops *op;
@@ -43,9 +52,10 @@ struct batch {
     const struct amber_kernels *kernels;
     struct amber_pool *pool;
 
-    int rows, pos0; /* rows at positions pos0 .. pos0 + rows - 1 */
-    bool prefill;   /* else a step of decoding */
-    bool sparse;    /* the plan's rules apply: in prefill of enough tokens */
+    int rows, pos0;             /* rows at positions pos0 .. pos0 + rows - 1 of the own cache; */
+    const struct place *places; /* or, where not NULL, each row at its own place */
+    bool prefill;               /* else a step of decoding */
+    bool sparse;                /* the plan's rules apply: in prefill of enough tokens */
     int n_ctx, n_batch;
     float *x;         /* [rows, n_embd] residual stream */
     float *q, *attn;  /* [rows, n_head * head_dim] */
@@ -101,7 +111,9 @@ struct amber_session {
     int n_past;      /* tokens whose K and V are in the cache */
     int n_written;   /* positions that were ever written since the cache was empty */
     bool has_logits;
-    float *logits; /* [n_vocab] */
+    float *logits;      /* [n_vocab] */
+    float *step_logits; /* [step_rows, n_vocab] of steps of several sessions, made when needed */
+    int step_rows;
 
     amber_progress_fn progress;
     void *progress_user;
@@ -112,6 +124,10 @@ struct amber_session {
     int64_t kv_bytes, scratch_bytes;
     amber_session_stats stats;
 };
+
+static inline struct place place_of(const struct batch *b, int r) {
+    return b->places ? b->places[r] : (struct place){b, b->pos0 + r};
+}
 
 /* Positions that the cache of layer il holds. */
 int layer_positions(const struct batch *b, const struct shape *s, int il);
@@ -127,7 +143,8 @@ amber_status session_estimate(const struct shape *s, bool floats, const struct p
 /* ---- forward.c ---- */
 
 /* Runs the rows of `tokens` through the model: fills the KV cache for them and writes the logits of
- * rows first_out..rows-1 to logits [(rows - first_out), n_vocab]; first_out == rows wants none.
+ * rows first_out..rows-1 to logits [(rows - first_out), n_vocab]; first_out == rows wants none. Where
+ * the rows have places of their own, pos0 and first_out are 0.
  * AMBER_ERR_CANCELLED where the batch's tick said so; the cache then holds nothing new that counts. */
 amber_status forward(struct batch *b, const int32_t *tokens, int rows, int pos0, int first_out,
                      float *logits);

@@ -406,6 +406,8 @@ def test_work_counts_the_files_own_tensors(demo_model):
     bytes_a_token = bench.work(bench.Job("tg", 2), facts) / 2
     assert layers + head < bytes_a_token < 1.1 * (layers + head)
     deeper = bench.work(bench.Job("tg", 2, 100), facts) / 2 - bytes_a_token
+    batch = bench.work(bench.Job("tg", 2, 100, 3), facts) / 2
+    assert batch == facts["token_bytes"] + 3 * (bytes_a_token + deeper - facts["token_bytes"])
     assert deeper == 100 * 2 * info.n_layer * info.n_head_kv * info.head_dim * 2
 
 
@@ -440,6 +442,13 @@ def test_bench_command(demo_model):
     assert table.returncode == 0
     assert table.stdout.startswith("| model") and "| pp16 " in table.stdout
     assert "peak of" in table.stdout
+
+    args = ["demo", "-p", "0", "-n", "4", "-r", "1", "--batch", "1,3,8", "-d", "2", "--json"]
+    rows = [json.loads(line) for line in command("bench", *args).stdout.splitlines()]
+    assert [r["test"] for r in rows] == [f"tg4{batch} @ d2" for batch in ("", " b3", " b8")]
+    assert len({r["logits_hash"] for r in rows}) == 1  # one sequence does not see the others
+    refused = command("bench", "demo", "--batch", "257")
+    assert refused.returncode == 2 and "--batch: expected at most 256" in refused.stderr
 
     text = command("bench", "demo", "-p", "0", "-n", "4", "-r", "1", "--csv").stdout
     (row,) = csv.DictReader(io.StringIO(text))

@@ -7,6 +7,7 @@
 from ._amber import ffi as _ffi
 from ._amber import lib as _lib_c
 from ._lib import Progress, Tap
+from .batch import append_each
 from .engine import Engine, EngineInfo, MemoryEstimate, device_list, isa_list, memory_estimate
 from .errors import (
     AmberError,
@@ -53,6 +54,7 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "UnsupportedModelError",
+    "append_each",
     "find_model",
     "device_list",
     "isa_list",

@@ -26,6 +26,7 @@ from typing import Any
 
 from . import kernel_bench, plots
 from ._lib import check, ffi, lib
+from .batch import MOST, append_each
 from .command import UsageError, run_command
 from .crossover import cpu_name
 from .engine import PRECISIONS, Engine, isa_list, memory_estimate
@@ -43,14 +44,17 @@ KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """pp: a prompt of n tokens at once; tg: n tokens one by one; both after `depth` tokens."""
+    """pp: a prompt of n tokens at once; tg: n tokens one by one; both after `depth` tokens. tg may
+    be of `batch` sequences at once, n tokens each."""
 
     kind: str  # "pp" | "tg"
     n: int
     depth: int = 0
+    batch: int = 1
 
     def __str__(self) -> str:
-        return f"{self.kind}{self.n}" + (f" @ d{self.depth}" if self.depth else "")
+        batch = f" b{self.batch}" if self.batch > 1 else ""
+        return f"{self.kind}{self.n}{batch}" + (f" @ d{self.depth}" if self.depth else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,8 @@ class Config:
 def work(job: Job, info: dict[str, Any]) -> float:
     """What the limit of a job counts, for all its tokens.
 
+    Of several sequences, the weights count once a step, as many experts as one token uses.
+
     pp: operations of the linear layers, a multiply and its addition counting as two, the output
     head for the last token alone; attention is not counted, and what a sparse layer skips is
     counted as if it were done. tg: bytes of weights, each that a token needs once, and of the KV
@@ -80,7 +86,7 @@ def work(job: Job, info: dict[str, Any]) -> float:
         return 2.0 * (info["layer_multiplications"] * job.n + info["n_embd"] * info["n_vocab"])
     kv_width = info["n_head_kv"] * info["head_dim"]
     kv_bytes = 2 * info["n_layer"] * kv_width * (4 if info["precision"] == "float" else 2)
-    return job.n * (info["token_bytes"] + kv_bytes * (job.depth + job.n / 2))
+    return job.n * (info["token_bytes"] + job.batch * kv_bytes * (job.depth + job.n / 2))
 
 
 @functools.cache
@@ -101,7 +107,7 @@ def share_of_peak(job: Job, info: dict[str, Any], tokens_per_second: float) -> f
     if on_gpu(info) or (job.kind == "pp" and info["precision"] == "float"):
         return None
     ops, read = peaks(info["threads"], info["isa"])
-    rate = work(job, info) * tokens_per_second / job.n
+    rate = work(job, info) * tokens_per_second / (job.n * job.batch)
     return rate / (ops if job.kind == "pp" else read)
 
 
@@ -122,6 +128,11 @@ def sample_tokens(count: int, n_vocab: int, bos: int | None) -> list[int]:
     return ids[:count]
 
 
+def room_of(jobs: Sequence[Job], depth: int) -> int:
+    """n_ctx of the sessions for the jobs after `depth` tokens; it also limits a batch."""
+    return max(max(job.depth + job.n, job.batch) for job in jobs if job.depth == depth) + 1
+
+
 # ---- the process that runs one configuration ----
 
 
@@ -140,21 +151,18 @@ class Worker:
         )
         most = max(job.depth + job.n for job in jobs) + 1
         self.tokens = sample_tokens(most, self.engine.info.n_vocab, self.engine.tokenizer.bos)
-        self.sessions: dict[int, Session] = {}
-        self.room = {
-            depth: max(t.depth + t.n for t in jobs if t.depth == depth) + 1
-            for depth in {job.depth for job in jobs}
-        }
+        self.sessions: dict[tuple[int, int], Session] = {}
+        self.room = {depth: room_of(jobs, depth) for depth in {job.depth for job in jobs}}
 
     def info(self) -> dict[str, Any]:
         fields = self.engine.info
         return {name: getattr(fields, name) for name in fields.__dataclass_fields__}
 
-    def _session(self, depth: int) -> Session:
-        """A session that holds `depth` tokens and no more."""
-        if depth not in self.sessions:
-            self.sessions[depth] = self.engine.session(n_ctx=self.room[depth])
-        session = self.sessions[depth]
+    def _session(self, depth: int, index: int = 0) -> Session:
+        """The index-th session that holds `depth` tokens and no more."""
+        if (depth, index) not in self.sessions:
+            self.sessions[depth, index] = self.engine.session(n_ctx=self.room[depth])
+        session = self.sessions[depth, index]
         if len(session) < depth:
             session.sync(self.tokens[:depth])
         session.rewind(depth)
@@ -162,7 +170,8 @@ class Worker:
 
     def run(self, job: Job, want_hash: bool) -> dict[str, Any]:
         """Seconds of one run, and on request the hash of its last logits."""
-        session = self._session(job.depth)
+        sessions = [self._session(job.depth, index) for index in range(job.batch)]
+        session = sessions[0]
         ids = self.tokens[: job.depth + job.n]
         if job.kind == "pp":
             started = perf_counter()
@@ -170,8 +179,9 @@ class Worker:
             seconds = perf_counter() - started
         else:  # by the session's own clock: Python's share of a call is not the model's
             before = session.stats["decode_seconds"]
-            for token in ids[job.depth :]:
-                session.append(token)
+            for step in range(job.n):  # sequence i is ahead of its neighbour by a token
+                places = [job.depth + (step + i) % job.n for i in range(job.batch)]
+                append_each(sessions, [ids[place] for place in places])
             seconds = session.stats["decode_seconds"] - before
         name = fnv1a(bytes(memoryview(session.logits).cast("B"))) if want_hash else None
         return {
@@ -261,7 +271,7 @@ class Child:
 
 
 def _fields(job: Job) -> dict[str, Any]:
-    return {"kind": job.kind, "n": job.n, "depth": job.depth}
+    return {name: getattr(job, name) for name in job.__dataclass_fields__}
 
 
 # ---- the measurement ----
@@ -296,7 +306,7 @@ def measure(
 
 def row(child: Child, job: Job, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     info = child.info
-    rates = [job.n / result["seconds"] for result in results[1:]]
+    rates = [job.n * job.batch / result["seconds"] for result in results[1:]]
     speed = statistics.median(rates)
     gpu = on_gpu(info)
     ops, read = (None, None) if gpu else peaks(info["threads"], info["isa"])
@@ -351,9 +361,10 @@ def check_memory(configs: Sequence[Config], jobs: Sequence[Job]) -> None:
     need = 0
     for config in configs:
         for depth in {job.depth for job in jobs}:
-            room = max(t.depth + t.n for t in jobs if t.depth == depth) + 1
+            room = room_of(jobs, depth)
             part = memory_estimate(config.model, n_ctx=room, precision=config.precision)
-            need += part.kv_bytes + part.scratch_bytes
+            sessions = max(t.batch for t in jobs if t.depth == depth)
+            need += sessions * (part.kv_bytes + part.scratch_bytes)
         need += part.weights_bytes
     need += part.mapped_bytes
     available = None
@@ -391,6 +402,12 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("-p", "--prompt", default="512", metavar="N[,N]", help="pp sizes; 0: no (512)")
     top.add_argument("-n", "--gen", default="64", metavar="N[,N]", help="tg sizes; 0: no (64)")
+    top.add_argument(
+        "--batch",
+        default="1",
+        metavar="N[,N]",
+        help="sequences that tg decodes at once; tok/s of all, the hash of the first one (1)",
+    )
     top.add_argument("-d", "--depth", metavar="N[,N]", help="tokens before it (0)")
     top.add_argument("-t", "--threads", metavar="N[,N]", help="threads (physical cores)")
     top.add_argument("-r", "--repeats", type=int, default=5, help="repetitions (5)")
@@ -454,7 +471,16 @@ def plan(args: argparse.Namespace) -> tuple[list[Config], list[Job]]:
     depths = integers("-d", args.depth or "0", 0)
     sizes = [("pp", n) for n in integers("-p", args.prompt, 0)]
     sizes += [("tg", n) for n in integers("-n", args.gen, 0)]
-    jobs = [Job(kind, n, depth) for depth in depths for kind, n in sizes if n]
+    batches = integers("--batch", args.batch, 1)
+    if max(batches) > MOST:
+        raise UsageError(f"--batch: expected at most {MOST}, found {max(batches)}")
+    jobs = [
+        Job(kind, n, depth, batch)
+        for depth in depths
+        for kind, n in sizes
+        for batch in (batches if kind == "tg" else [1])
+        if n
+    ]
     if not jobs:
         raise UsageError("nothing to measure: -p and -n are 0")
     threads = integers("-t", args.threads, 1) if args.threads else [None]

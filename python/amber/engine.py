@@ -3,7 +3,7 @@
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
@@ -27,7 +27,7 @@ from ._lib import (
 from .channels import CHANNEL, without_thoughts
 from .chat import Messages, apply_template
 from .chat_families import FAMILIES, recognize
-from .errors import ChatTemplateError
+from .errors import ChatTemplateError, OutOfMemoryError, UnsupportedModelError
 from .generate import Result, Stream
 from .models import find_model
 from .sampling import SamplingParams
@@ -269,7 +269,8 @@ class Engine:
         params: SamplingParams | None = None,
         **overrides: Any,
     ) -> Result | list[Result]:
-        """Answers a prompt, or a list of prompts one after the other.
+        """Answers a prompt, or a list of prompts: on the CPU as generate_batch(), on a GPU one
+        after the other.
 
         prompt: a str is raw text (the model's BOS is added, spellings of special tokens are read);
             a list of {"role", "content"} is a chat, put into the model's template; a list of int is
@@ -280,8 +281,53 @@ class Engine:
         KeyboardInterrupt comes through at once, from inside prefill too.
         """
         if _is_batch(prompt):
+            if self.info.device == "cpu":
+                return self.generate_batch(prompt, params, **overrides)
             return [self.generate(one, params, **overrides) for one in prompt]
         return self.stream(prompt, params, **overrides).finish()
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        batch: int = 8,
+        **overrides: Any,
+    ) -> list[Result]:
+        """Answers prompts, up to `batch` of them at a time: a decode step reads each weight once
+        for all of them, which is where decoding spends its time. An answer that is over makes room
+        for the next prompt. The answers are those of generate() for each prompt alone; each has a
+        KV cache of its own, and memory for fewer than `batch` of them means fewer at a time. A
+        step's time counts in full for every answer in it.
+
+        Errors: as generate(); UnsupportedModelError on a GPU.
+        """
+        from .batch import MOST, answer_all
+
+        started = perf_counter()
+        if self.info.device != "cpu" and batch > 1:
+            raise UnsupportedModelError(
+                f"generate_batch: several prompts at once run on the CPU only, this model is on "
+                f"{self.info.device} (use generate(), one after the other, or device cpu)"
+            )
+        if not 1 <= batch <= MOST:
+            raise ValueError(f"batch: expected 1 to {MOST}, found {batch}")
+        params = (params or SamplingParams()).merged(overrides)
+        tokens = [self.encode_prompt(prompt) for prompt in prompts]
+        for one in tokens:
+            check_fits(one, self.info.n_ctx, self.info.kv_bytes)
+        with ExitStack() as stack:
+            sessions: list[Session] = []
+            most = min(batch, len(tokens))
+            while len(sessions) < most:
+                try:
+                    sessions.append(stack.enter_context(self._lease()))
+                except OutOfMemoryError:
+                    if not sessions:
+                        raise
+                    break
+                most = min(most, sessions[0].n_batch)
+            return answer_all(sessions, tokens, params, started)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **overrides: Any

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .channels import AnswerText
 from .errors import AmberError, Cancelled
@@ -93,6 +93,98 @@ def _overlap(piece: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if piece.endswith(stop[:n])), 0)
 
 
+class Answer:
+    """One answer on its way: takes token after token from the logits of its session, which somebody
+    else moves on, and makes of them text and the fields of its result."""
+
+    def __init__(
+        self, session: "Session", params: SamplingParams, result: Result, started: float
+    ) -> None:
+        engine = session.engine
+        self.session, self.result = session, result
+        self.last = -1  # the token that the session does not hold yet
+        self._started = started
+        self._limit = float("inf") if params.max_tokens is None else params.max_tokens
+        self._sampler = Sampler(params, engine.tokenizer, engine.info.n_vocab)
+        self._stops = StopStrings(params.stop)
+        self._decoder = AnswerText(engine.tokenizer)
+        self._fresh: list[int] = []  # tokens whose text has not been handed out
+        self._ended = self._stopped = False  # by any token; by a stop string
+        result.seed, result.sparse = self._sampler.seed, engine.info.sparse
+
+    def __enter__(self) -> "Answer":
+        self._decoder.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._decoder.__exit__(*exc)
+
+    def prefill(self, tokens: list[int]) -> bool:
+        """Whether it was not cancelled."""
+        begun = perf_counter()
+        try:
+            self.result.cached_tokens = self.session._sync(tokens)
+        except Cancelled:
+            return False
+        finally:
+            self.result.prefill_seconds = perf_counter() - begun
+        if not self.session.stats["prefill_sparse"]:
+            self.result.sparse = "off"
+        for token in tokens:
+            self._sampler.accept(token)
+        return True
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is room and wish for one more token."""
+        if self._ended or len(self.result.token_ids) >= self._limit:
+            return False
+        return not self.result.token_ids or len(self.session) < self.session.n_ctx
+
+    def sample(self, begun: float | None = None) -> Chunk | None:
+        """Takes the next token. begun: when the step that led to it did; None for the first token,
+        which prefill led to."""
+        token = self.session._sample(self._sampler)
+        now, result = perf_counter(), self.result
+        if begun is None:
+            result.ttft = now - self._started
+        else:
+            result.decode_seconds += now - begun
+        tokenizer = self.session.engine.tokenizer
+        if tokenizer.is_eog(token):
+            result.finish_reason, result.stop_reason = "stop", tokenizer.token_text(token)
+            self._ended = True
+            return None
+        self._sampler.accept(token)
+        self.last = token
+        result.token_ids.append(token)
+        self._fresh.append(token)
+        piece, stop = self._stops.push(self._decoder.push(token))
+        if stop is not None:
+            result.finish_reason, result.stop_reason = "stop", stop
+            self._ended = self._stopped = True
+        return self._chunk(piece) if piece or self._stopped else None
+
+    def finish(self) -> Chunk | None:
+        """What is left when it does not go on."""
+        result = self.result
+        if self._stopped:
+            return None
+        if not self._ended:
+            result.finish_reason = "length"
+        piece, stop = self._stops.push(self._decoder.finish())
+        if stop is not None:
+            result.finish_reason, result.stop_reason = "stop", stop
+        else:
+            piece += self._stops.finish()
+        return self._chunk(piece) if piece or self._fresh else None
+
+    def _chunk(self, piece: str) -> Chunk:
+        self.result.text += piece
+        out, self._fresh = Chunk(piece, self._fresh), []
+        return out
+
+
 class Stream:
     """Iterator over the Chunks of one answer. `result` grows with it and is final at its end;
     leaving the loop early, `close()` or `with` stop the engine and keep the partial result."""
@@ -137,68 +229,18 @@ class Stream:
         started: float,
     ) -> Iterator[Chunk]:
         result = self.result
-        fresh: list[int] = []  # tokens whose text has not been handed out
-        limit = float("inf") if params.max_tokens is None else params.max_tokens
-
-        def chunk(piece: str) -> Chunk:
-            nonlocal fresh
-            result.text += piece
-            out, fresh = Chunk(piece, fresh), []
-            return out
-
-        with lease as session:
-            tokenizer = session.engine.tokenizer
-            sampler = Sampler(params, tokenizer, session.engine.info.n_vocab)
-            result.seed = sampler.seed
-            result.sparse = session.engine.info.sparse
-            begun = perf_counter()
+        with lease as session, Answer(session, params, result, started) as answer:
             session._owner = self
-            try:
-                result.cached_tokens = session._sync(tokens)
-            except Cancelled:
+            if not answer.prefill(tokens):
                 return
-            finally:
-                result.prefill_seconds = perf_counter() - begun
-            if not session.stats["prefill_sparse"]:
-                result.sparse = "off"
-            for token in tokens:
-                sampler.accept(token)
-            stops = StopStrings(params.stop)
-            with AnswerText(tokenizer) as decoder:
-                while len(result.token_ids) < limit:
+            while answer.goes_on:
+                begun = None
+                if result.token_ids:
+                    if session._owner is not self:
+                        raise AmberError("stream: its session was used for something else")
                     begun = perf_counter()
-                    if result.token_ids:
-                        if len(session) >= session.n_ctx:
-                            break
-                        if session._owner is not self:
-                            raise AmberError("stream: its session was used for something else")
-                        session._append(token)
-                    token = session._sample(sampler)
-                    now = perf_counter()
-                    if result.token_ids:
-                        result.decode_seconds += now - begun
-                    else:
-                        result.ttft = now - started
-                    if tokenizer.is_eog(token):
-                        result.finish_reason = "stop"
-                        result.stop_reason = tokenizer.token_text(token)
-                        break
-                    sampler.accept(token)
-                    result.token_ids.append(token)
-                    fresh.append(token)
-                    piece, stop = stops.push(decoder.push(token))
-                    if stop is not None:
-                        result.finish_reason, result.stop_reason = "stop", stop
-                        yield chunk(piece)
-                        return
-                    if piece:
-                        yield chunk(piece)
-                if result.finish_reason != "stop":
-                    result.finish_reason = "length"
-                piece, stop = stops.push(decoder.finish())
-                if stop is not None:
-                    result.finish_reason, result.stop_reason = "stop", stop
-                else:
-                    piece += stops.finish()
-                if piece or fresh:
-                    yield chunk(piece)
+                    session._append(answer.last)
+                if chunk := answer.sample(begun):
+                    yield chunk
+            if chunk := answer.finish():
+                yield chunk

@@ -66,6 +66,7 @@ class Session:
         self._free.atexit = False
         stats = self.stats
         self.n_ctx: int = stats["n_ctx"]
+        self.n_batch: int = stats["n_batch"]
         self._kv_bytes: int = stats["kv_bytes"]
 
     def __enter__(self) -> "Session":
