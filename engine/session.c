@@ -483,6 +483,7 @@ amber_status amber_sessions_append(amber_session *const *sessions, const int32_t
     status = forward(b, tokens, n, 0, 0, host->step_logits);
     b->places = NULL;
     pthread_mutex_unlock(&host->engine->lock);
+    if (status != AMBER_OK) return status;
     const int n_vocab = b->model->shape.n_vocab;
     const double seconds = amber_seconds() - start;
     for (int i = 0; i < n; i++) {
@@ -495,7 +496,7 @@ amber_status amber_sessions_append(amber_session *const *sessions, const int32_t
         session->stats.decode_tokens++;
         session->stats.decode_seconds += seconds;
     }
-    return status;
+    return AMBER_OK;
 }
 
 amber_status amber_session_score(amber_session *session, const int32_t *tokens, int32_t n,
