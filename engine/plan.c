@@ -277,6 +277,16 @@ void plan_free(struct plan *plan) {
     *plan = (struct plan){0};
 }
 
+/* "/amber/dpts/var/ls/rsparse:64" of what a rule has, in a fixed order. */
+static void describe_methods(const struct rule *rule, char out[64]) {
+    char rank[16] = "";
+    if (rule->rank) snprintf(rank, sizeof rank, "/rsparse:%d", rule->rank);
+    snprintf(out, 64, "%s%s%s%s%s%s%s", rule->criterion ? "/" : "",
+             rule->criterion ? criteria[rule->criterion] : "", rule->shift ? "/" : "",
+             rule->shift ? shifts[rule->shift] : "", rule->var ? "/var" : "", rule->ls ? "/ls" : "",
+             rank);
+}
+
 void plan_describe(const struct plan *plan, char *buf, size_t cap) {
     if (!plan->any) {
         snprintf(buf, cap, "off");
@@ -291,8 +301,9 @@ void plan_describe(const struct plan *plan, char *buf, size_t cap) {
         if (!first) first = r;
         if (!rule_equal(first, r)) kinds = 1;
     }
-    char pattern[AMBER_PATTERN_TEXT];
+    char pattern[AMBER_PATTERN_TEXT], methods[64];
     amber_pattern_format(&first->pattern, pattern);
-    snprintf(buf, cap, "%s in %d/%d projections", kinds ? "mixed patterns" : pattern, sparse,
-             total);
+    describe_methods(first, methods);
+    snprintf(buf, cap, "%s%s in %d/%d projections", kinds ? "mixed patterns" : pattern,
+             kinds ? "" : methods, sparse, total);
 }

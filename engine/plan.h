@@ -91,7 +91,7 @@ static inline bool rule_shift_is_dynamic(const struct rule *rule) {
 int plan_rank(const struct plan *plan);
 bool rule_equal(const struct rule *a, const struct rule *b);
 
-/* One line for people: "8:16 in 24/56 projections". */
+/* One line for people: "8:16/amber in 24/56 projections". */
 void plan_describe(const struct plan *plan, char *buf, size_t cap);
 
 #endif

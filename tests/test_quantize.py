@@ -315,7 +315,7 @@ def test_a_plan_is_stored_measured_and_used(
         amber.Engine(demo_model, sparse="8:16x4t2/amber") as asked,
         amber.Engine(demo_model) as plain,
     ):
-        assert planned.info.sparse == "8:16x4t2 in 24/56 projections"
+        assert planned.info.sparse == "8:16x4t2/amber in 24/56 projections"
         assert plain.info.sparse == dense.info.sparse == "off"
         tokens = planned.tokenize(TEXT)[:99]
         assert np.array_equal(planned.logits(tokens), asked.logits(tokens))
@@ -515,12 +515,12 @@ def test_steps_are_the_best_for_their_cost() -> None:
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (["--sparse", "9:8"], 1, "9:8"),
-        (["--sparse", "8:16@head"], 1, "head"),
+        (["--sparse", "9:8"], 2, "9:8"),
+        (["--sparse", "8:16@head"], 2, "head"),
         (["--sparse", "auto"], 2, "auto"),
-        (["--sparse", "missing.json"], 1, "missing.json"),
-        (["--sparse", "8:16", "--skip", "77"], 1, "0-7"),
-        (["--sparse", "8:16", "--skip", "some"], 1, "preset, auto"),
+        (["--sparse", "missing.json"], 2, "missing.json"),
+        (["--sparse", "8:16", "--skip", "77"], 2, "0-7"),
+        (["--sparse", "8:16", "--skip", "some"], 2, "preset, auto"),
         (["--sparse", "8:16", "--calibrate", "missing.txt"], 1, "missing.txt"),
         (["--skip", "auto"], 2, "--sparse"),
         (["--criterion", "amber"], 2, "--sparse"),
@@ -531,8 +531,8 @@ def test_steps_are_the_best_for_their_cost() -> None:
         (["--times", "missing.json"], 2, "--sparse"),
         (["--permute-from", "weights"], 2, "--permute"),
         (["--sparse", "8:16", "--times", "missing.json"], 1, "missing.json"),
-        (["--max-kl", "0.1", "--sparse", "2:4+r32"], 1, "2:4+r32"),
-        (["--max-kl", "0.1", "--sparse", "8:16;2:4"], 1, "one pattern"),
+        (["--max-kl", "0.1", "--sparse", "2:4+r32"], 2, "2:4+r32"),
+        (["--max-kl", "0.1", "--sparse", "8:16;2:4"], 2, "one pattern"),
         (["--chunks", "0"], 2, "--chunks"),
         (["--sparse", "8:16", "-c", "2"], 2, "--ctx"),
     ],

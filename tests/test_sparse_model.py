@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import amber
+from amber.eval import evaluate
 from amber.timing import PROJECTIONS
 from gguf_bytes import F32, STRING, U32, Image, spm_vocabulary
 from numpy_llama import PROJECTIONS as TENSORS
@@ -203,6 +204,26 @@ def test_bad_plans(sparse: object, words: list[str], demo_model: Path) -> None:
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_order_of_costs(demo_model: Path, testdata: Path) -> None:
+    """What both papers found on large models, of the distance from the dense model: the larger the
+    group, the less it costs, unstructured least; every projection costs far more than the policy's;
+    under the policy Robust-Norm scores do not cost more (they gain nothing on this model)."""
+    text = (testdata / "corpus" / "heldout.txt").read_text(encoding="utf-8")
+    plans = ["top50%", "16:32", "8:16", "4:8", "2:4", "8:16/amber"]
+    plans += [f"{plan}@all" for plan in plans[:5]]
+    kl, cache = {}, {}
+    with amber.Engine(demo_model, sparse="off") as dense:
+        for plan in plans:
+            with amber.Engine(demo_model, sparse=plan) as engine:
+                figures = evaluate(engine, text, chunks=4, against=dense, cache=cache)
+                kl[plan] = figures.kl_mean
+    for scope in ("", "@all"):
+        rising = [kl[plan + scope] for plan in plans[:5]]
+        assert rising == sorted(rising), kl
+    assert all(kl[f"{plan}@all"] > 4 * kl[plan] for plan in plans[:5])
+    assert kl["8:16/amber"] < 1.05 * kl["8:16"]
+
+
 def test_plan_file(tmp_path: Path, demo_model: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(
@@ -211,6 +232,8 @@ def test_plan_file(tmp_path: Path, demo_model: Path) -> None:
     )
     with amber.Engine(demo_model, sparse=plan) as engine:
         assert engine.info.sparse == "mixed patterns in 10/56 projections"
+    with amber.Engine(demo_model, sparse="2:4/var/dpts/amber@q,o") as engine:
+        assert engine.info.sparse == "2:4/amber/dpts/var in 16/56 projections"
 
 
 SHAPES = {  # layers, width, heads, KV heads, head, feed-forward width, experts, used, their width

@@ -4,11 +4,14 @@
 
 Captures the inputs of every projection of a dense run in float32 (Engine.activations). The order of
 channels ("order") is chosen on the first half of the tokens, and everything is measured on the
-second. Two tables, in Markdown:
+second. Tables, in Markdown:
 
     error     mean over tokens of ||Y - Y'|| / ||Y||, Y = X W^T with the model's weights, Y' with X
               pruned, averaged over layers, one column per input. g: channels times tokens that
               share a decision.
+    equal     how many blocks of 16 the masks that CPU kernels skip (N:16x4t2) must keep for the
+              error of a mask of single channels, between the measured N, and how much faster than
+              dense that is (amber/timing.py).
     energy    sum of dropped x^2 over sum of x^2, in percent, averaged over layers, for masks that
               sparse tensor cores hold (2:4 and its relief windows) beside the papers'.
 
@@ -25,6 +28,7 @@ import numpy as np
 from amber import Engine, permute, quantize
 from amber.models import find_model
 from amber.smooth import INPUT, TENSORS
+from amber.timing import TimeModel
 
 INPUTS = {"q": "q, k, v", "o": "o", "gate": "gate, up", "down": "down"}
 
@@ -195,6 +199,9 @@ ENERGY: list[tuple[str, Mask]] = [
 ]
 
 
+EQUAL = ["element 2:4 per token", "element 2:4 + order", "element 8:16"]
+QUADS = {n: f"quad {n}:16, 2 tokens + order" for n in (8, 10, 12, 14)}  # by the blocks they keep
+
 # ---- measuring ----
 
 
@@ -241,6 +248,23 @@ def spread_of(found: dict[str, list[Input]]) -> list[str]:
     return lines
 
 
+def equal(errors: dict[str, list[float]]) -> list[str]:
+    """errors: of each mask, by input."""
+    lines = [
+        row(["N of N:16x4t2 + order for the error of", *INPUTS.values()]),
+        "|---|---|---|---|---|",
+    ]
+    times = [TimeModel().projection(f"{n}:16x4t2", "q", 1, (1, 1)) for n in range(1, 17)]
+    for name in EQUAL:
+        cells = [name]
+        for i, wanted in enumerate(errors[name]):
+            found = [errors[quad][i] for quad in QUADS.values()]
+            n = np.interp(-wanted, -np.array([*found, 0.0]), [*QUADS, 16])
+            cells.append(f"{n:.1f} ({1 / np.interp(n, range(1, 17), times):.2f} times)")
+        lines.append(row(cells))
+    return lines
+
+
 def row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -252,12 +276,19 @@ def tables(found: dict[str, list[Input]]) -> str:
         row(["mask", "g", *INPUTS.values()]),
         "|---|---|---|---|---|---|",
     ]
+    measured: dict[str, list[float]] = {}
     for name, g, mask in ERRORS:
-        errors = [np.mean([i.error(mask(i)) for i in inputs]) for inputs in found.values()]
+        errors = [float(np.mean([i.error(mask(i)) for i in inputs])) for inputs in found.values()]
+        measured[name] = errors
         lines.append(row([name, g, *(f"{e:.3f}" for e in errors)]))
     errors = [np.mean([rounding(i) for i in inputs]) for inputs in found.values()]
     lines.append(row(["INT8 rounding alone", "-", *(f"{e:.3f}" for e in errors)]))
-    lines += ["", row(["input", *(name for name, _ in ENERGY)]), "|---" * (len(ENERGY) + 1) + "|"]
+    lines += ["", *equal(measured)]
+    lines += [
+        "",
+        row(["energy lost, %, of", *(name for name, _ in ENERGY)]),
+        "|---" * (len(ENERGY) + 1) + "|",
+    ]
     for name, inputs in found.items():
         lost = [np.mean([i.energy(mask(i)) for i in inputs]) for _, mask in ENERGY]
         lines.append(row([INPUTS[name], *(f"{100 * e:.2f}" for e in lost)]))

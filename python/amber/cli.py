@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         help="off; auto: as the file says, where that is faster here; a pattern (8:16, 2:4@all, "
         "8:16x4t2@q,gate,down) or a plan file (auto)",
     )
-    sparse.add_argument("--criterion", choices=CRITERIA, help="how channels are ranked (act)")
+    sparse.add_argument("--criterion", help=f"{', '.join(CRITERIA)}: how channels are ranked (act)")
     sparse.add_argument("--mitigation", help=f"{', '.join(MITIGATIONS)}; several with + (none)")
     sparse.add_argument(
         "--sparse-first-n", type=int, default=0, metavar="N", help="first tokens kept dense (0)"

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from .errors import AmberError
+from .errors import AmberError, ArgumentError
 
 INTERRUPTED = 130
 
@@ -21,7 +21,7 @@ def run_command(
     """Runs a command and turns what it raises into a message and an exit code."""
     try:
         return run(parser.parse_args(argv))
-    except UsageError as error:
+    except (UsageError, ArgumentError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

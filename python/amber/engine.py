@@ -496,9 +496,11 @@ def memory_estimate(
     n_batch: int | None = None,
     precision: str = "int8",
     sparse: Sparse = "auto",
+    evaluation: bool = False,
 ) -> MemoryEstimate:
     """What a model would take, from the head of its file. Errors: as Engine."""
     options, _keep = _options(precision, None, None, plan_text(sparse))
+    options.evaluation = evaluation
     memory, err = new_struct("amber_memory"), ffi.new("amber_error *")
     raw = os.fsencode(find_model(path))
     check(lib.amber_memory_estimate(raw, options, n_ctx or 0, n_batch or 0, memory, err), err)

@@ -25,7 +25,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from .command import UsageError, run_command
-from .engine import PRECISIONS, Engine, isa_list
+from .engine import PRECISIONS, Engine, isa_list, memory_estimate
 from .errors import AmberError
 from .models import find_model
 from .session import Session
@@ -262,8 +262,11 @@ def parser() -> argparse.ArgumentParser:
 
 def read_text(path: str) -> str:
     """The file as it is: line ends stay, bytes that are not UTF-8 become U+FFFD."""
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        return file.read()
+    try:
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            return file.read()
+    except OSError as error:
+        raise AmberError(f"{path}: expected a text file, {error.strerror}") from None
 
 
 def table_line(result: dict[str, Any]) -> str:
@@ -517,8 +520,24 @@ def write_pareto(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> No
             "coverage": "coverage",
             "modelled_speedup": "modelled speed-up of the projections",
         }
-        up = {"kl_mean": f"KL from {args.against}, nats", "perplexity": "perplexity"}
+        whole = "float32" if args.against == "float" else "dense"
+        up = {"kl_mean": f"KL from {whole}, nats", "perplexity": "perplexity"}
         plots.trade_offs(picture, os.path.basename(args.models[0]), rows, across, up)
+
+
+def check_plans(args: argparse.Namespace) -> None:
+    """Proves every plan on every model's head before anything is measured."""
+    plans = [
+        plan_text(sparse, args.criterion, args.mitigation)
+        for sparse in args.sparse or ()
+        if sparse not in ("off", "auto")
+    ]
+    if args.prune_weights:
+        from .weights import full_text
+
+        plans += map(full_text, args.prune_weights)
+    for model, plan in itertools.product(args.models, plans):
+        memory_estimate(model, sparse=plan, evaluation=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -551,6 +570,7 @@ def run(args: argparse.Namespace) -> int:
         args.sparse = args.sparse or list(PARETO)
         args.against = args.against or "off"
     text = read_text(args.text)
+    check_plans(args)
     try:
         if args.sensitivity:
             run_sensitivity(args, text)

@@ -98,6 +98,11 @@ def trade_offs(
                               textcoords="offset points")  # fmt: skip
             if all(row[y] > 0 for row in known):
                 axis.set_yscale("log")
+                axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+                axis.yaxis.set_minor_formatter(
+                    lambda v, _: f"{v:g}" if f"{v:e}"[0] in "235" else ""
+                )
+            axis.margins(x=0.12)  # room for the names
             axis.set_xlabel(x_label)
             axis.set_ylabel(y_label)
     figure.suptitle(title, fontsize=11)

@@ -36,16 +36,21 @@ def prune(rows: "np.ndarray", n: int, m: int) -> "np.ndarray":
     )
 
 
-def plan_of(text: str, path: str, threads: int | None = None) -> Plan:
-    """The matrices that "N:M", "N:M@projections" or "N:M@projections#layers" prunes; without a
-    scope all. ArgumentError where it is none of these."""
-    from . import calibrate
-
+def full_text(text: str) -> str:
+    """ "N:M", "N:M@projections" or "N:M@projections#layers" as a plan of its scope, without one of
+    all matrices. ArgumentError where it is none of these."""
     head, at, _ = text.partition("@")
     pattern = read_pattern(head.partition("#")[0])
     if not pattern or pattern.suffix or ";" in text:
         raise ArgumentError(f"--prune-weights: expected N:M or N:M@projections, found {text!r}")
-    full = text if at else text.replace(head.partition("#")[0], f"{pattern}@all", 1)
+    return text if at else text.replace(head.partition("#")[0], f"{pattern}@all", 1)
+
+
+def plan_of(text: str, path: str, threads: int | None = None) -> Plan:
+    """The matrices that this prunes, in the model at `path`."""
+    from . import calibrate
+
+    full = full_text(text)
     with Engine(path, sparse=full, device="cpu", threads=threads) as engine:
         return calibrate.expand(full, engine.info, ())
 
