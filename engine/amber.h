@@ -55,8 +55,8 @@ typedef enum amber_status {
 } amber_status;
 
 typedef struct amber_error {
-    int32_t code;  /* an amber_status */
-    char msg[256]; /* NUL-terminated */
+    int32_t code;   /* an amber_status */
+    char msg[1024]; /* NUL-terminated */
 } amber_error;
 
 typedef struct amber_engine amber_engine;

@@ -73,6 +73,19 @@ static const struct arch architectures[] = {
      .rope_windowed = true},
     {.name = "exaone", .rope_halves = true},
     {.name = "internlm2"},
+    {.name = "baichuan", .alibi_layers = 40},
+    {.name = "xverse"},
+    {.name = "minicpm", .divide_logits = true, .factors_told = true},
+    {.name = "pangu-embedded", .rope_halves = true},
+    {.name = "qwen", .rope_halves = true, .gate_counted = true},
+    {.name = "orion", .layer_norm = true, .rope_halves = true},
+    {.name = "codeshell",
+     .layer_norm = true,
+     .act = ACT_GELU,
+     .no_gate = true,
+     .rope_halves = true},
+    {.name = "deepseek"},
+    {.name = "bailingmoe"},
     {.name = "jais2", .layer_norm = true, .act = ACT_RELU2, .no_gate = true, .rope_halves = true},
     {.name = "hunyuan-dense", .rope_halves = true, .rope_first = true},
     {.name = "hunyuan-moe", .rope_halves = true, .rope_first = true, .expert_norm = true},
@@ -106,7 +119,8 @@ const char *arch_list(void) {
            "gemma3 gpt-oss mistral3 phi2 phi3 smollm3 olmo2 olmoe granite granitemoe starcoder2 "
            "stablelm command-r cohere2 chatglm glm4 glm4moe ernie4_5 ernie4_5-moe exaone "
            "exaone4 hunyuan-dense hunyuan-moe internlm2 jais2 arcee nemotron dots1 minimax-m2 "
-           "seed_oss, and of models with vision the part on text: qwen2vl qwen3vl qwen3vlmoe";
+           "seed_oss deepseek bailingmoe minicpm baichuan xverse orion qwen codeshell "
+           "pangu-embedded, and of models with vision the part on text: qwen2vl qwen3vl qwen3vlmoe";
 }
 
 /* Integer key "<arch>.<name>"; per-layer arrays serve where all their elements agree. */
@@ -375,8 +389,12 @@ static amber_status read_factors(const struct gguf_file *file, struct shape *s, 
         {"embedding_scale", &embed},   {"final_logit_softcapping", &final_cap},
         {"residual_scale", &residual}, {"logit_scale", &logit},
     };
-    for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++)
-        if (get_float(file, a->name, keys[i].name, keys[i].value, err) < 0) return AMBER_ERR_FORMAT;
+    for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
+        const int found = get_float(file, a->name, keys[i].name, keys[i].value, err);
+        if (found < 0) return AMBER_ERR_FORMAT;
+        if (!found && a->factors_told && strstr(keys[i].name, "_scale"))
+            return missing(file, a->name, keys[i].name, err);
+    }
     s->attn_scale = (float)(attn ? attn : 1 / sqrt(width));
     s->attn_softcap = (float)attn_cap;
     s->final_softcap = (float)final_cap;
@@ -442,6 +460,12 @@ static amber_status read_shape(const struct gguf_file *file, struct shape *s, am
     if (get_int(file, arch, "nextn_predict_layers", 0, s->n_layer - 1, &guessing, err) < 0)
         return AMBER_ERR_FORMAT;
     s->n_layer -= guessing;
+    if (s->arch->gate_counted) s->n_ff /= 2;
+    if (s->n_layer == s->arch->alibi_layers)
+        return amber_fail(err, AMBER_ERR_UNSUPPORTED,
+                          "%s: a %s of %d layers has biases by distance (ALiBi) where this version "
+                          "knows rotary positions",
+                          file->label, arch, s->n_layer);
     if (!s->n_head_kv) s->n_head_kv = s->n_head;
     if (!s->head_dim) s->head_dim = s->n_embd / s->n_head;
     if (!s->n_rot) s->n_rot = s->head_dim;

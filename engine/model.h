@@ -37,6 +37,9 @@ struct arch {
     int wide_layers;      /* a model of so many layers scales scores by the width per head */
     float attn_softcap, final_softcap; /* where the file does not say */
     bool divide_logits;                /* by logit_scale, else multiplied */
+    bool factors_told;                 /* without its factors a file is incomplete */
+    bool gate_counted;                 /* feed_forward_length is that of gate and up together */
+    int alibi_layers;                  /* a model of so many layers has ALiBi in place of RoPE */
     bool expert_norm;                  /* the chosen experts' shares are normed to a sum of 1 */
     bool expert_sigmoid;               /* shares are sigmoids, where the file does not say */
     bool yarn_exact;                   /* YaRN's ramp begins and ends between channels */

@@ -1,6 +1,7 @@
 """Every architecture against transformers: tiny models of random weights in tests/golden, made by
 tools/make_architectures.py, which says how."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,7 +155,7 @@ def altered(
         if isinstance(value, list):
             writer.add_array(name, value)
         else:
-            kind = {str: "STRING", float: "FLOAT32", int: "UINT32"}[type(value)]
+            kind = {str: "STRING", float: "FLOAT32", int: "UINT32", bool: "BOOL"}[type(value)]
             writer.add_key_value(name, value, GGUFValueType[kind])
     for tensor in reader.tensors:
         if tensor.name != without:
@@ -191,6 +192,8 @@ def altered(
         ("phi3", {"keys": {"feed_forward_length": 95}}, ["blk.0.ffn_gate", "not found"]),
         ("starcoder2", {"without": "output_norm.weight"}, ["output_norm.weight"]),
         ("stablelm", {"keys": {"attention.layer_norm_epsilon": "x"}}, ["layer_norm_epsilon"]),
+        ("llama", {"arch": "minicpm"}, ["minicpm.embedding_scale", "incomplete"]),
+        ("llama", {"arch": "baichuan", "keys": {"block_count": 40}}, ["40 layers", "ALiBi"]),
     ],
 )
 def test_refused(name: str, change: dict, words: list[str], tmp_path: Path) -> None:
@@ -200,13 +203,41 @@ def test_refused(name: str, change: dict, words: list[str], tmp_path: Path) -> N
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_internlm2_is_a_llama(tmp_path: Path) -> None:
-    """Its files differ in the architecture's name alone (its class is not one of transformers')."""
-    path = altered(GOLDEN / "llama.gguf", tmp_path / "internlm2.gguf", arch="internlm2")
-    tokens = maker.prompts("llama")[1]
-    with amber.Engine(path) as theirs, amber.Engine(GOLDEN / "llama.gguf") as ours:
-        assert theirs.info.architecture == "internlm2"
+# Architectures whose classes are not among transformers', and those whose files they share but for
+# the name and the keys given here.
+SAME = {
+    "internlm2": ("llama", {}, {}),
+    "xverse": ("llama", {}, {}),
+    "baichuan": ("llama", {}, {}),
+    "minicpm": ("granite", {}, {}),
+    "pangu-embedded": ("qwen2", {}, {}),
+    "qwen": ("qwen2", {"feed_forward_length": 192}, {}),
+    "orion": ("stablelm", {}, {}),
+    "codeshell": ("starcoder2", {}, {"attention.sliding_window": 0}),
+    "deepseek": ("ernie4_5-moe", {}, {"expert_weights_norm": False}),
+    "bailingmoe": ("ernie4_5-moe", {"expert_weights_norm": True}, {}),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_same_as_another(name: str, tmp_path: Path) -> None:
+    like, keys, others = SAME[name]
+    path = altered(GOLDEN / f"{like}.gguf", tmp_path / "own.gguf", keys, arch=name)
+    other = altered(GOLDEN / f"{like}.gguf", tmp_path / "other.gguf", others)
+    tokens = maker.prompts(like)[1]
+    with amber.Engine(path) as theirs, amber.Engine(other) as ours:
+        assert theirs.info.architecture == name
         assert np.array_equal(theirs.logits(tokens, all=True), ours.logits(tokens, all=True))
+
+
+def test_architectures_are_listed(tmp_path: Path) -> None:
+    """What the error about an unknown architecture names is what the table has."""
+    path = altered(GOLDEN / "llama.gguf", tmp_path / "unknown.gguf", arch="unknown")
+    with pytest.raises(amber.UnsupportedModelError) as caught:
+        amber.Engine(path)
+    listed = re.sub(r"\(.*?\)|, and of models with vision the part on text:", "",
+                    str(caught.value).split("runs: ")[1])  # fmt: skip
+    assert set(listed.split()) == {case.arch for case in maker.CASES.values()} | set(SAME)
 
 
 def test_unknown_architecture(tmp_path: Path) -> None:
