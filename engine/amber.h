@@ -159,6 +159,12 @@ typedef struct amber_memory {
     double coverage; /* as amber_engine_info.coverage, of the options' plan */
 } amber_memory;
 
+/* What keys and values are kept as. */
+typedef enum amber_kv_type {
+    AMBER_KV_F16 = 0, /* float16; float32 with AMBER_PRECISION_FLOAT */
+    AMBER_KV_INT8 = 1 /* INT8, a float32 scale per position and head; on the CPU, not in float */
+} amber_kv_type;
+
 typedef struct amber_session_options {
     size_t size;
     int32_t n_ctx;              /* tokens the session can hold; 0: min(4096, trained context) */
@@ -167,6 +173,7 @@ typedef struct amber_session_options {
     void *progress_user;
     amber_tap_fn tap; /* called inside prefill; NULL: costs nothing */
     void *tap_user;
+    int32_t kv_type; /* an amber_kv_type */
 } amber_session_options;
 
 typedef struct amber_session_stats {
@@ -223,10 +230,10 @@ void amber_engine_get_info(const amber_engine *engine, amber_engine_info *info);
  * where the layer has none, or there is no such layer or projection. */
 int64_t amber_engine_work(const amber_engine *engine, int32_t layer, int32_t projection,
                           int32_t matrix[2]);
-/* What opening `path` and a session of n_ctx tokens (0: default) would take. Reads only the header.
- * memory->size must be set by the caller. */
+/* What opening `path` and a session with these options would take; either options may be NULL. Reads
+ * only the header. memory->size must be set by the caller. */
 amber_status amber_memory_estimate(const char *path, const amber_engine_options *options,
-                                   int32_t n_ctx, int32_t n_batch, amber_memory *memory,
+                                   const amber_session_options *session, amber_memory *memory,
                                    amber_error *err);
 /* Metadata of the file as text. Arrays are written as "[type x count]". Returns the full length
  * without the NUL (the text is cut to cap - 1), or -1 where the key or index is absent. */
@@ -369,7 +376,7 @@ amber_status amber_measure_peaks(int32_t threads, const char *isa, double *int8_
  *   "gemm"       the INT8 product of `rows` rows with [n_out, n_in] weights, of rows that `pattern`
  *                pruned. Up to 16 rows, and where `cold`, the weights come from memory each time.
  *   "prepare"    what precedes it: rows of n_in float32 pruned, quantized and listed.
- *   "attention"  `rows` tokens behind `depth` others, float16 cache; up to 16 rows from memory. */
+ *   "attention"  `rows` tokens behind `depth` others, cache of kv_type; up to 16 rows from memory. */
 typedef struct amber_kernel_timer amber_kernel_timer;
 typedef struct amber_kernel_case {
     const char *isa, *kernel, *pattern; /* isa NULL: the best; pattern NULL: dense */
@@ -377,8 +384,9 @@ typedef struct amber_kernel_case {
     int32_t rows, n_out, n_in, cold;
     int32_t depth, n_head, n_head_kv, head_dim; /* of attention */
     const amber_kernel_timer
-        *weights; /* a product's, to be borrowed; it must live longer. NULL: own
+        *weights;    /* a product's, to be borrowed; it must live longer. NULL: own
                                           ones, as where its shape differs */
+    int32_t kv_type; /* of attention, an amber_kv_type */
 } amber_kernel_case;
 amber_status amber_kernel_timer_new(const amber_kernel_case *c, amber_kernel_timer **out,
                                     amber_error *err);

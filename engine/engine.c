@@ -283,8 +283,11 @@ int32_t amber_engine_meta_key(const amber_engine *engine, int32_t index, char *b
 }
 
 amber_status amber_memory_estimate(const char *path, const amber_engine_options *options,
-                                   int32_t n_ctx, int32_t n_batch, amber_memory *memory,
+                                   const amber_session_options *session, amber_memory *memory,
                                    amber_error *err) {
+    amber_session_options so;
+    amber_session_options_defaults(&so);
+    if (session) memcpy(&so, session, amber_min((int)session->size, (int)sizeof so));
     amber_engine_options o;
     struct amber_kernels kernels;
     amber_status status = resolve_options(options, &o, err);
@@ -301,8 +304,8 @@ amber_status amber_memory_estimate(const char *path, const amber_engine_options 
     if (status == AMBER_OK)
         status = model_read_plan(file, &shape, o.sparse, o.evaluation != 0, &plan, err);
     if (status == AMBER_OK)
-        status = session_estimate(&shape, floats, &plan, o.threads, &kernels, n_ctx, n_batch,
-                                  &full.kv_bytes, &full.scratch_bytes, err);
+        status = session_estimate(&shape, floats, &plan, o.threads, &kernels, &so, &full.kv_bytes,
+                                  &full.scratch_bytes, err);
     if (status == AMBER_OK) full.coverage = model_coverage(&plan, &shape);
     plan_free(&plan);
     shape_free(&shape);

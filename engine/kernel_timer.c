@@ -27,10 +27,10 @@ struct amber_kernel_timer {
     float *x, *y, *work; /* work: [threads] of one pair of rows */
     uint8_t *scratch;    /* [threads, scratch_bytes] */
     int64_t scratch_bytes;
-    uint8_t *cold; /* [copies, copy_bytes] */
-    int64_t copy_bytes;
-    bool borrowed;         /* cold is another timer's */
-    int copies, calls, at; /* at: the next copy */
+    uint8_t *cold;                 /* [copies, copy_bytes] */
+    int64_t copy_bytes, scales_at; /* scales_at: of INT8 keys and of values, from their start */
+    bool borrowed;                 /* cold is another timer's */
+    int copies, calls, at;         /* at: the next copy */
     float *scale;
     struct amber_pool *pool; /* NULL: the calling thread alone */
 };
@@ -108,6 +108,8 @@ static void call_once(struct amber_kernel_timer *t) {
     t->gemm.w.q = cold;
     t->attention.k = cold;
     t->attention.v = cold + t->copy_bytes / 2;
+    t->attention.k_scale = (const float *)(const void *)(cold + t->scales_at);
+    t->attention.v_scale = (const float *)(const void *)(cold + t->copy_bytes / 2 + t->scales_at);
     if (t->pool)
         amber_pool_run(t->pool, t->work_fn, t);
     else
@@ -173,15 +175,27 @@ static bool new_attention(struct amber_kernel_timer *t, const amber_kernel_case 
     t->y = amber_alloc(sizeof(float) * (size_t)n);
     t->scratch_bytes = amber_round_up((int64_t)t->kernels.attention_scratch, 64);
     t->scratch = amber_alloc((size_t)(t->scratch_bytes * threads));
-    const int64_t bytes = (int64_t)4 * c->n_head_kv * positions * c->head_dim;
+    const bool i8 = c->kv_type == AMBER_KV_INT8;
+    const int64_t cells = (int64_t)c->n_head_kv * positions * c->head_dim;
+    const int64_t scales = i8 ? (int64_t)c->n_head_kv * positions * (int64_t)sizeof(float) : 0;
+    const int64_t bytes = 2 * (cells * (i8 ? 1 : 2) + scales);
     if (!cold_copies(t, bytes, c->rows <= COLD_ROWS, NULL) || !t->x || !t->y || !t->scratch)
         return false;
     fill_floats(t->x, n);
-    for (int64_t i = 0; i < t->copy_bytes / 2; i++)
-        t->kernels.f16_from_f32((uint16_t *)(void *)t->cold + i, t->x + i % n, 1);
+    t->scales_at = cells;
+    if (i8) {
+        uint64_t state = 2;
+        memset(t->cold, 0, (size_t)t->copy_bytes); /* scales of nothing: all scores alike */
+        for (int64_t i = 0; i < cells; i++)
+            t->cold[i] = t->cold[t->copy_bytes / 2 + i] = (uint8_t)next_random(&state);
+    } else {
+        for (int64_t i = 0; i < t->copy_bytes / 2; i++)
+            t->kernels.f16_from_f32((uint16_t *)(void *)t->cold + i, t->x + i % n, 1);
+    }
     fill_copies(t);
     t->attention = (struct amber_attention){.q = t->x,
                                             .out = t->y,
+                                            .cells = i8 ? AMBER_CELLS_I8 : AMBER_CELLS_F16,
                                             .rows = c->rows,
                                             .n_head = c->n_head,
                                             .n_head_kv = c->n_head_kv,
@@ -207,6 +221,10 @@ static amber_status check_case(const amber_kernel_case *c, bool attention, amber
                 AMBER_MAX_K, c->n_out, c->n_in);
         return AMBER_OK;
     }
+    if (c->kv_type != AMBER_KV_F16 && c->kv_type != AMBER_KV_INT8)
+        return amber_fail(err, AMBER_ERR_ARGUMENT,
+                          "kernel timer: expected kv_type f16 (0) or int8 (1), found %d",
+                          c->kv_type);
     if (c->depth < 0 || c->n_head_kv < 1 || c->n_head < 1 || c->n_head % c->n_head_kv ||
         c->head_dim < 8 || c->head_dim % 8 || c->head_dim > AMBER_HEAD_MAX ||
         ((int64_t)c->depth + c->rows) * c->n_head * c->head_dim > MOST_ELEMENTS)

@@ -62,6 +62,8 @@ void rope_angles(const struct batch *b, int table, float *cosines, float *sines)
 float query_growth(const struct shape *s, int position);
 /* K or V of a layer in the cache. */
 uint8_t *kv_layer(const struct batch *b, int il, bool values);
+/* Their scales [n_head_kv, positions], behind the cells; NULL where cells are not INT8. */
+float *kv_scales(const struct batch *b, int il, bool values);
 
 /* The input that choose_inputs made for w in this batch. */
 const struct activation *input_of(const struct batch *b, const struct linear *w);

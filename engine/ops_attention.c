@@ -33,12 +33,30 @@ uint8_t *kv_layer(const struct batch *b, int il, bool values) {
     return b->kv + positions * b->kv_position_bytes;
 }
 
-static void store_head(const struct batch *b, uint8_t *cache, int64_t row, const float *src) {
-    int n = b->model->shape.head_dim;
-    if (b->kv_f32)
-        memcpy((float *)(void *)cache + row * n, src, sizeof(float) * (size_t)n);
-    else
-        b->kernels->f16_from_f32((uint16_t *)(void *)cache + row * n, src, n);
+float *kv_scales(const struct batch *b, int il, bool values) {
+    const struct shape *s = &b->model->shape;
+    if (b->cells != AMBER_CELLS_I8) return NULL;
+    const int64_t cells = (int64_t)s->n_head_kv * layer_positions(b, s, il) * s->head_dim;
+    return (float *)(void *)(kv_layer(b, il, values) + cells);
+}
+
+/* Keys or values of all cache heads of a position; b is whose cache it is. */
+static void store_heads(const struct batch *b, int il, bool values, int position,
+                        const float *src) {
+    const struct shape *s = &b->model->shape;
+    const int n = s->head_dim, positions = layer_positions(b, s, il);
+    uint8_t *cache = kv_layer(b, il, values);
+    float *scales = kv_scales(b, il, values);
+    for (int h = 0; h < s->n_head_kv; h++, src += n) {
+        const int64_t row = (int64_t)h * positions + position % positions;
+        int32_t sum;
+        if (b->cells == AMBER_CELLS_F32)
+            memcpy((float *)(void *)cache + row * n, src, sizeof(float) * (size_t)n);
+        else if (b->cells == AMBER_CELLS_F16)
+            b->kernels->f16_from_f32((uint16_t *)(void *)cache + row * n, src, n);
+        else
+            b->kernels->quantize_row((int8_t *)cache + row * n, &scales[row], &sum, src, n, n);
+    }
 }
 
 struct attention_job {
@@ -87,9 +105,6 @@ static void rope_work(void *ctx, int ith, int nth) {
     amber_split(b->rows, 1, ith, nth, &begin, &end);
     for (int r = begin; r < end; r++) {
         const struct place at = place_of(b, r);
-        const int positions = layer_positions(at.cache, s, job->il);
-        uint8_t *keys = kv_layer(at.cache, job->il, false);
-        uint8_t *values = kv_layer(at.cache, job->il, true);
         float *q = q_row(b, b->q, r), *k = b->k + (int64_t)r * width;
         const float *v = b->v + (int64_t)r * width;
         if (!s->arch->rope_first) norm_both(b, layer, q, k);
@@ -99,11 +114,8 @@ static void rope_work(void *ctx, int ith, int nth) {
         }
         if (s->arch->rope_first) norm_both(b, layer, q, k);
         if (s->temperature) grow_query(s, at.position, q);
-        for (int h = 0; h < s->n_head_kv; h++) {
-            const int64_t row = (int64_t)h * positions + at.position % positions;
-            store_head(b, keys, row, k + h * s->head_dim);
-            store_head(b, values, row, v + h * s->head_dim);
-        }
+        store_heads(at.cache, job->il, false, at.position, k);
+        store_heads(at.cache, job->il, true, at.position, v);
     }
 }
 
@@ -120,8 +132,10 @@ static struct amber_attention attention_of(const struct batch *b, int il, int fi
                                     .out = q_row(b, b->attn, first),
                                     .k = kv_layer(at.cache, il, false),
                                     .v = kv_layer(at.cache, il, true),
+                                    .k_scale = kv_scales(at.cache, il, false),
+                                    .v_scale = kv_scales(at.cache, il, true),
                                     .sink = b->model->layers[il].sinks,
-                                    .kv_f32 = b->kv_f32,
+                                    .cells = at.cache->cells,
                                     .rows = rows,
                                     .n_head = s->n_head,
                                     .n_head_kv = s->n_head_kv,

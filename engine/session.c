@@ -39,7 +39,6 @@ static bool each_buffer(const struct shape *s, bool floats, const struct plan *p
     const int64_t f32 = sizeof(float), i32 = sizeof(int32_t), rows = b->n_batch,
                   wide = widest_input(s);
     const int64_t q = (int64_t)s->n_head * s->head_dim, kv = (int64_t)s->n_head_kv * s->head_dim;
-    b->kv_f32 = floats;
     b->row_scratch_bytes = amber_round_up(5 * f32 * wide, 64) +
                            amber_round_up((int64_t)amber_prune_scratch((int)wide), 64);
     const int n_inputs = plan_inputs(plan), n_lists = floats ? 0 : plan_lists(plan, kernels);
@@ -52,7 +51,8 @@ static bool each_buffer(const struct shape *s, bool floats, const struct plan *p
         int64_t stride = amber_nm_stride((int)amber_round_up(wide, AMBER_K_ALIGN));
         if (!each(user, (void **)&b->lists[i], pairs * stride, false)) return false;
     }
-    b->kv_position_bytes = kv * (floats ? 4 : 2);
+    b->kv_position_bytes =
+        kv * amber_cell_bytes(b->cells) + (b->cells == AMBER_CELLS_I8) * f32 * s->n_head_kv;
     int64_t positions = 0;
     for (int il = 0; il < s->n_layer; il++) positions += 2 * layer_positions(b, s, il);
     const int64_t slots = rows * s->n_expert_used;
@@ -118,8 +118,20 @@ static bool make_buffer(void *user, void **at, int64_t bytes, bool is_kv) {
     return count_buffer(user, at, bytes, is_kv);
 }
 
-static amber_status set_sizes(const struct shape *s, int n_ctx, int n_batch, struct batch *b,
-                              amber_error *err) {
+/* Takes the options of a session up. floats: in float mode. */
+static amber_status set_sizes(const struct shape *s, const amber_session_options *o, bool floats,
+                              struct batch *b, amber_error *err) {
+    const int n_ctx = o->n_ctx, n_batch = o->n_batch;
+    if (o->kv_type != AMBER_KV_F16 && o->kv_type != AMBER_KV_INT8)
+        return amber_fail(err, AMBER_ERR_ARGUMENT,
+                          "kv_type: expected f16 (0) or int8 (1), found %d", o->kv_type);
+    if (floats && o->kv_type == AMBER_KV_INT8)
+        return amber_fail(err, AMBER_ERR_UNSUPPORTED,
+                          "kv_type: float32 keys and values belong to precision float, found int8 "
+                          "(leave kv_type out, or use precision int8)");
+    b->cells = floats                        ? AMBER_CELLS_F32
+               : o->kv_type == AMBER_KV_INT8 ? AMBER_CELLS_I8
+                                             : AMBER_CELLS_F16;
     if (n_ctx < 0 || n_ctx > (1 << 28))
         return amber_fail(err, AMBER_ERR_ARGUMENT, "n_ctx: expected 1..268435456 or 0, found %d",
                           n_ctx);
@@ -138,11 +150,11 @@ static amber_status set_sizes(const struct shape *s, int n_ctx, int n_batch, str
 
 /* What a session would take: for amber_memory_estimate. */
 amber_status session_estimate(const struct shape *s, bool floats, const struct plan *plan,
-                              int threads, const struct amber_kernels *kernels, int n_ctx,
-                              int n_batch, int64_t *kv_bytes, int64_t *scratch_bytes,
-                              amber_error *err) {
+                              int threads, const struct amber_kernels *kernels,
+                              const amber_session_options *options, int64_t *kv_bytes,
+                              int64_t *scratch_bytes, amber_error *err) {
     struct amber_session session = {0};
-    amber_status status = set_sizes(s, n_ctx, n_batch, &session.batch, err);
+    amber_status status = set_sizes(s, options, floats, &session.batch, err);
     if (status != AMBER_OK) return status;
     each_buffer(s, floats, plan, threads, kernels, &session, count_buffer, &session);
     *kv_bytes = session.kv_bytes;
@@ -167,6 +179,9 @@ static amber_status new_on_gpu(struct amber_session *session, amber_error *err) 
         return amber_fail(err, AMBER_ERR_UNSUPPORTED,
                           "session: a tap sees the inputs of layers on the CPU only (use device "
                           "cpu)");
+    if (b->cells == AMBER_CELLS_I8)
+        return amber_fail(err, AMBER_ERR_UNSUPPORTED,
+                          "kv_type: expected f16 on a GPU, found int8 (use device cpu)");
     if (!make_buffer(session, (void **)&session->tokens, 4 * (int64_t)b->n_ctx, false) ||
         !make_buffer(session, (void **)&session->logits, 4 * (int64_t)b->model->shape.n_vocab,
                      false))
@@ -209,7 +224,7 @@ amber_status amber_session_new(amber_engine *engine, const amber_session_options
     b->tap = o.tap;
     b->tap_user = o.tap_user;
 
-    amber_status status = set_sizes(&model->shape, o.n_ctx, o.n_batch, b, err);
+    amber_status status = set_sizes(&model->shape, &o, model->float_weights, b, err);
     if (status != AMBER_OK) {
         amber_session_free(session);
         return status;
@@ -230,8 +245,7 @@ amber_status amber_session_new(amber_engine *engine, const amber_session_options
         double held = (double)(session->kv_bytes + session->scratch_bytes) / 1e6;
         int64_t kv = 0, scratch = 0;
         session_estimate(&model->shape, model->float_weights, &model->plan,
-                         amber_pool_threads(b->pool), b->kernels, o.n_ctx, o.n_batch, &kv, &scratch,
-                         NULL);
+                         amber_pool_threads(b->pool), b->kernels, &o, &kv, &scratch, NULL);
         amber_session_free(session);
         return amber_fail(
             err, AMBER_ERR_MEMORY,

@@ -83,13 +83,13 @@ struct batch {
     uint8_t *expert_lists[2];      /* gathered rows in lists, see expert_lists_at */
     float *expert_out;             /* [slots, n_embd] */
 
-    /* KV cache: K, then V of one layer after the other, [n_head_kv, positions, head_dim] each,
-     * float16, or float32 in float mode. Windowed layers hold a ring of window_ctx positions: what
-     * cannot be seen any more is overwritten. */
+    /* KV cache: K, then V of one layer after the other, [n_head_kv, positions, head_dim] cells each,
+     * and behind INT8 cells their scales, float32 [n_head_kv, positions]. Windowed layers hold a
+     * ring of window_ctx positions: what cannot be seen any more is overwritten. */
     uint8_t *kv;
     int64_t kv_position_bytes; /* of K or of V of one position of one layer */
     int window_ctx;
-    bool kv_f32;
+    enum amber_cells cells; /* float32 in float mode */
 
     int layer; /* the one under way */
     /* Sees the inputs of the layers' linears in prefill; NULL: nobody does. */
@@ -134,11 +134,11 @@ int layer_positions(const struct batch *b, const struct shape *s, int il);
 
 /* ---- session.c ---- */
 
-/* Bytes of a session's cache and buffers; n_ctx and n_batch as in amber_session_options. */
+/* Bytes of the cache and the buffers of a session with these options. */
 amber_status session_estimate(const struct shape *s, bool floats, const struct plan *plan,
-                              int threads, const struct amber_kernels *kernels, int n_ctx,
-                              int n_batch, int64_t *kv_bytes, int64_t *scratch_bytes,
-                              amber_error *err);
+                              int threads, const struct amber_kernels *kernels,
+                              const amber_session_options *options, int64_t *kv_bytes,
+                              int64_t *scratch_bytes, amber_error *err);
 
 /* ---- forward.c ---- */
 

@@ -4,11 +4,12 @@
  *     int32   tokens [n_tokens]
  *     float   logits [n_vocab]              where has_logits says so
  *     for every layer: keys, then values
- *             cells [n_head_kv, positions, head_dim], float16 or float32
+ *             cells [n_head_kv, positions, head_dim], float16, float32 or INT8
+ *     float   scales [n_head_kv, positions] behind INT8 cells
  *
  * Positions are 0..n_tokens-1; of windowed layers oldest..n_tokens-1, what their ring still held.
  * Numbers are in the machine's own byte order, and a machine with another one does not know the magic
- * number. A file serves the model, the precision and the sparsity plan that it was made with alone:
+ * number. A file serves the model, the type of cells and the sparsity plan that it was made with alone:
  * keys and values of another plan are those of another prompt. */
 #include "ops.h"
 
@@ -67,7 +68,7 @@ static struct head make_head(const struct amber_session *session) {
     const struct shape *s = &b->model->shape;
     struct head h = {.magic = MAGIC,
                      .version = VERSION,
-                     .cell_bytes = b->kv_f32 ? sizeof(float) : sizeof(uint16_t),
+                     .cell_bytes = (uint32_t)amber_cell_bytes(b->cells),
                      .model = model_hash(b->model->file),
                      .plan = b->model->plan.hash,
                      .n_tokens = session->n_past,
@@ -92,25 +93,34 @@ static int first_stored(const struct head *h, const struct shape *s, int il) {
  * and its bytes; stops at the first false. */
 typedef bool (*cells_fn)(void *user, uint8_t *cells, size_t bytes);
 
+/* Of rows [n_head_kv, positions] of so many bytes. */
+static bool each_row(const struct batch *b, const struct head *h, int il, uint8_t *rows,
+                     int64_t bytes, cells_fn each, void *user) {
+    const struct shape *s = &b->model->shape;
+    const int positions = layer_positions(b, s, il);
+    /* A shorter ring takes the last positions alone; the others are passed over (NULL). */
+    const int first = first_stored(h, s, il), held = amber_max(first, h->n_tokens - positions);
+    for (int head = 0; head < s->n_head_kv; head++, rows += positions * bytes) {
+        if (!each(user, NULL, (size_t)((held - first) * bytes))) return false;
+        for (int pos = held; pos < h->n_tokens;) { /* up to the ring's end, and from its start */
+            const int at = pos % positions, n = amber_min(positions - at, h->n_tokens - pos);
+            if (!each(user, rows + at * bytes, (size_t)(n * bytes))) return false;
+            pos += n;
+        }
+    }
+    return true;
+}
+
 static bool each_run(const struct batch *b, const struct head *h, cells_fn each, void *user) {
     const struct shape *s = &b->model->shape;
-    const int64_t cell = (int64_t)h->cell_bytes * s->head_dim;
     for (int il = 0; il < s->n_layer; il++) {
-        const int positions = layer_positions(b, s, il);
-        /* A shorter ring takes the last positions alone; the others are passed over (NULL). */
-        const int first = first_stored(h, s, il), held = amber_max(first, h->n_tokens - positions);
         for (int part = 0; part < 2; part++) {
-            for (int head = 0; head < s->n_head_kv; head++) {
-                uint8_t *base = kv_layer(b, il, part) + (int64_t)head * positions * cell;
-                if (!each(user, NULL, (size_t)((held - first) * cell))) return false;
-                for (int pos = held;
-                     pos < h->n_tokens;) { /* up to the ring's end, and from its start */
-                    const int at = pos % positions,
-                              n = amber_min(positions - at, h->n_tokens - pos);
-                    if (!each(user, base + at * cell, (size_t)(n * cell))) return false;
-                    pos += n;
-                }
-            }
+            float *scales = kv_scales(b, il, part);
+            if (!each_row(b, h, il, kv_layer(b, il, part), (int64_t)h->cell_bytes * s->head_dim,
+                          each, user))
+                return false;
+            if (scales && !each_row(b, h, il, (uint8_t *)scales, sizeof *scales, each, user))
+                return false;
         }
     }
     return true;
@@ -119,7 +129,9 @@ static bool each_run(const struct batch *b, const struct head *h, cells_fn each,
 static size_t file_bytes(const struct head *h, const struct shape *s) {
     size_t bytes = sizeof *h + sizeof(int32_t) * (size_t)h->n_tokens;
     if (h->has_logits) bytes += sizeof(float) * (size_t)h->n_vocab;
-    const size_t position = 2 * (size_t)h->cell_bytes * (size_t)h->n_head_kv * (size_t)h->head_dim;
+    const size_t scale = h->cell_bytes == 1 ? sizeof(float) : 0; /* of INT8 cells */
+    const size_t row = (size_t)h->cell_bytes * (size_t)h->head_dim + scale;
+    const size_t position = 2 * (size_t)h->n_head_kv * row;
     for (int il = 0; il < h->n_layer; il++)
         bytes += position * (size_t)(h->n_tokens - first_stored(h, s, il));
     return bytes;
@@ -257,6 +269,13 @@ static amber_status map_file(const char *path, struct mapping *map, amber_error 
     return AMBER_OK;
 }
 
+/* What a user chose that made the cells what they are. */
+static const char *cells_text(const struct head *h) {
+    return h->cell_bytes == 4   ? "precision float"
+           : h->cell_bytes == 1 ? "precision int8 with kv_type int8"
+                                : "precision int8 with kv_type f16";
+}
+
 /* Whether the file's head fits the session; `ours` is what the session would say. */
 static amber_status check_head(const struct amber_session *session, const char *name,
                                const struct head *h, const struct head *ours, size_t bytes,
@@ -276,9 +295,8 @@ static amber_status check_head(const struct amber_session *session, const char *
                           strncmp(h->model_label, ours->model_label, 90) ? "" : "another ",
                           h->model_label);
     if (h->cell_bytes != ours->cell_bytes)
-        return amber_fail(
-            err, AMBER_ERR_ARGUMENT, "%s: expected a session of precision %s, found %s", name,
-            ours->cell_bytes == 4 ? "float" : "int8", h->cell_bytes == 4 ? "float" : "int8");
+        return amber_fail(err, AMBER_ERR_ARGUMENT, "%s: expected a session of %s, found one of %s",
+                          name, cells_text(ours), cells_text(h));
     if (h->plan != ours->plan)
         return amber_fail(err, AMBER_ERR_ARGUMENT,
                           "%s: expected a session under this engine's sparsity plan (%s), found "

@@ -86,6 +86,17 @@ struct amber_gemm_f32 {
     bool add;
 };
 
+/* Types of the cells of a KV cache. */
+enum amber_cells {
+    AMBER_CELLS_F16, /* float16 bits */
+    AMBER_CELLS_F32,
+    AMBER_CELLS_I8 /* int8, by the rules of quantize_row: a scale for each position and head */
+};
+
+static inline int amber_cell_bytes(enum amber_cells cells) {
+    return cells == AMBER_CELLS_F32 ? 4 : cells == AMBER_CELLS_F16 ? 2 : 1;
+}
+
 /* Causal attention of `rows` consecutive tokens of one session, grouped-query heads.
  * Query row r stands at position pos0 + r and sees the cache positions
  *     max(0, pos0 + r - window + 1) .. pos0 + r      (window == 0: from 0)
@@ -93,21 +104,22 @@ struct amber_gemm_f32 {
  * float32. Query head h reads cache head h / (n_head / n_head_kv). Where there are sinks, the softmax
  * of head h has one score more, sink[h], that no value belongs to.
  *
- * The cache of one layer is [n_head_kv, n_ctx, head_dim], float16 bits, or float32 where kv_f32;
- * position p stands in row p % n_ctx. A cache that is smaller than the positions that were written
+ * The cache of one layer is [n_head_kv, n_ctx, head_dim] cells; position p stands in row p % n_ctx.
+ * Keys and values of INT8 cells are cell * scale[row], with scales [n_head_kv, n_ctx]. A cache that is smaller than the positions that were written
  * to it is a ring: its n_ctx is then a multiple of 64 and at least window + rows + 62, so that the
  * rows for the new tokens, which are already written, have not taken the place of visible ones.
  *
  * One unit of work is one (row block, cache head); attention_units() tells how many there are. Row
  * blocks are dealt so that equal shares of the units cost about the same. head_dim is a multiple of
  * 8 up to AMBER_HEAD_MAX. Rows of the cache behind the last visible position are never read;
- * rows before the window, from the multiple of 64 on, weigh 0 and must be finite. */
+ * rows before the window, from the multiple of 64 on, weigh 0 and must be finite, as their scales. */
 struct amber_attention {
     const float *q; /* [rows, n_head * head_dim] float32, not scaled */
     float *out;     /* [rows, n_head * head_dim] float32 */
     const void *k, *v;
-    const float *sink; /* [n_head], or NULL */
-    bool kv_f32;
+    const float *k_scale, *v_scale; /* of INT8 cells alone */
+    const float *sink;              /* [n_head], or NULL */
+    enum amber_cells cells;
     int rows, n_head, n_head_kv, head_dim, n_ctx, pos0, window;
     float scale, softcap;
 };

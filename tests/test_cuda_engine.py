@@ -155,6 +155,8 @@ except amber.AmberError as error:
     assert "a context of 256 tokens needs" in little and "use a smaller context" in little
     tap = "Session(e, tap=lambda *a: None)"
     assert "on the CPU only (use device cpu)" in said(llama, cuda, tap)
+    int8 = "Session(e, kv_type='int8')"
+    assert "kv_type: expected f16 on a GPU, found int8" in said(llama, cuda, int8)
     each = "amber.append_each([Session(e), Session(e)], [5, 6])"
     assert "several at once run on the CPU only" in said(llama, cuda, each)
     many = "e.generate([[5], [6]], max_tokens=2); e.generate_batch([[5], [6]], max_tokens=2)"

@@ -710,7 +710,26 @@ static void test_gemm_f32(void) {
 /* ---- Attention ---- */
 
 static double cached(const struct amber_attention *a, const void *cache, int64_t i) {
-    return a->kv_f32 ? ((const float *)cache)[i] : half_value(((const uint16_t *)cache)[i]);
+    if (a->cells == AMBER_CELLS_I8)
+        return ((const int8_t *)cache)[i] *
+               (double)(cache == a->k ? a->k_scale : a->v_scale)[i / a->head_dim];
+    return a->cells == AMBER_CELLS_F32 ? ((const float *)cache)[i]
+                                       : half_value(((const uint16_t *)cache)[i]);
+}
+
+/* One row of keys or values, float32 x[n], as cells of the cache; row counts all heads'. */
+static void store_row(void *cache, float *scales, enum amber_cells cells, int64_t row,
+                      const float *x, int n) {
+    int32_t sum;
+    if (cells == AMBER_CELLS_I8) {
+        ref.quantize_row((int8_t *)cache + row * n, &scales[row], &sum, x, n, n);
+        return;
+    }
+    for (int i = 0; i < n; i++)
+        if (cells == AMBER_CELLS_F32)
+            ((float *)cache)[row * n + i] = x[i];
+        else
+            ((uint16_t *)cache)[row * n + i] = f16_bits_from_f32(x[i]);
 }
 
 static void attention_oracle(const struct amber_attention *a, double *want, double *bound) {
@@ -723,17 +742,20 @@ static void attention_oracle(const struct amber_attention *a, double *want, doub
             int last = a->pos0 + t, first = a->window ? last - a->window + 1 : 0;
             if (first < 0) first = 0;
             double largest = a->sink ? a->sink[h] : -1e300, total = 0, size = 0, v_largest = 0;
-            double magnitude = a->sink ? fabs(a->sink[h]) : 0;
+            double magnitude = a->sink ? fabs(a->sink[h]) : 0, q_largest = 0, key_size = 0;
+            for (int i = 0; i < d; i++) q_largest = fmax(q_largest, fabs(a->q[at + i]));
             for (int p = first; p <= last; p++) {
-                double dot = 0, dot_size = 0;
+                double dot = 0, dot_size = 0, keys = 0;
                 for (int i = 0; i < d; i++) {
                     double product = a->q[at + i] * cached(a, a->k, (head + p) * d + i);
                     dot += product;
                     dot_size += fabs(product);
+                    keys += fabs(cached(a, a->k, (head + p) * d + i));
                     v_largest = fmax(v_largest, fabs(cached(a, a->v, (head + p) * d + i)));
                 }
                 double s = dot * a->scale;
                 size = fmax(size, dot_size * a->scale);
+                key_size = fmax(key_size, keys);
                 magnitude = fmax(magnitude, fabs(s));
                 weight[p] = a->softcap > 0 ? a->softcap * tanh(s / a->softcap) : s;
                 largest = fmax(largest, weight[p]);
@@ -742,12 +764,16 @@ static void attention_oracle(const struct amber_attention *a, double *want, doub
             if (a->sink) total += exp(a->sink[h] - largest);
             /* A score is off by (d + 2) u of its terms, by 2^-20 softcap where it goes through
              * tanh (2^-22 of exp, twice, and four operations), and by 3 u of its size when the
-             * largest is taken off. A weight is off by exp() of that twice (its own score and the
-             * largest) and 2^-22 per exp(), one per block of the online sum; sums of n add n u each
-             * to numerator and denominator. */
-            int n = last - first + 1;
+             * largest is taken off. With INT8 keys the query may be int16: its elements are off by
+             * half a step, largest / 32767 / 2, and a score by six more roundings (of the step, of
+             * the sum, of four products). A weight is off by exp() of that twice (its own score and
+             * the largest) and 2^-22 per exp(), one per block of the online sum; sums of n add n u
+             * each to numerator and denominator, the scales of INT8 values one u. */
+            int n = last - first + 1, i8 = a->cells == AMBER_CELLS_I8;
             double score_error = (d + 2) * U * size + a->softcap * 0x1p-20 + 3 * U * magnitude;
-            double error = 4 * score_error + (n / 64 + 3) * 2 * 0x1p-22 + 2 * (n + 4) * U;
+            if (i8)
+                score_error += 6 * U * size + q_largest * key_size * a->scale / 65534 * (1 + 4 * U);
+            double error = 4 * score_error + (n / 64 + 3) * 2 * 0x1p-22 + (2 * (n + 4) + i8) * U;
             for (int i = 0; i < d; i++) {
                 double sum = 0;
                 for (int p = first; p <= last; p++)
@@ -773,15 +799,18 @@ static void run_attention(const struct amber_kernels *k, struct amber_attention 
 }
 
 static void check_attention(int rows, int pos0, int n_head, int n_head_kv, int d, int window,
-                            float softcap, bool kv_f32, float loudness) {
+                            float softcap, enum amber_cells type, float loudness) {
     int n_ctx = pos0 + rows + 70;
     int64_t n = (int64_t)rows * n_head * d, cells = (int64_t)n_head_kv * n_ctx * d;
-    size_t cell = kv_f32 ? 4 : 2;
+    size_t cell = (size_t)amber_cell_bytes(type);
+    float *scales[] = {guarded((size_t)(cells / d) * 4), guarded((size_t)(cells / d) * 4)};
     struct amber_attention a = {
         .q = uniforms(n),
         .k = guarded((size_t)cells * cell),
         .v = guarded((size_t)cells * cell),
-        .kv_f32 = kv_f32,
+        .k_scale = scales[0],
+        .v_scale = scales[1],
+        .cells = type,
         .rows = rows,
         .n_head = n_head,
         .n_head_kv = n_head_kv,
@@ -794,14 +823,11 @@ static void check_attention(int rows, int pos0, int n_head, int n_head_kv, int d
     };
     for (int which = 0; which < 2; which++) {
         void *cache = (void *)(uintptr_t)(which ? a.v : a.k);
-        for (int64_t i = 0; i < cells; i++) {
+        for (int64_t row = 0; row < cells / d; row++) {
+            float x[AMBER_HEAD_MAX];
             /* NaN where no row may look. */
-            float v = i / d % n_ctx < pos0 + rows ? uniform() : NAN;
-            if (kv_f32) {
-                ((float *)cache)[i] = v;
-            } else {
-                ((uint16_t *)cache)[i] = f16_bits_from_f32(v);
-            }
+            for (int i = 0; i < d; i++) x[i] = row % n_ctx < pos0 + rows ? uniform() : NAN;
+            store_row(cache, scales[which], type, row, x, d);
         }
     }
     float *sinks = uniforms(n_head);
@@ -815,8 +841,8 @@ static void check_attention(int rows, int pos0, int n_head, int n_head_kv, int d
         void *scratch = guarded(k->attention_scratch);
         run_attention(k, a, 0, rows, whole, scratch, false);
         if (!CHECK(close_to(whole, want, bound, (int)n)))
-            fprintf(stderr, "    %s rows %d pos0 %d heads %d/%d d %d window %d cap %g f32 %d\n",
-                    k->isa, rows, pos0, n_head, n_head_kv, d, window, softcap, kv_f32);
+            fprintf(stderr, "    %s rows %d pos0 %d heads %d/%d d %d window %d cap %g cells %d\n",
+                    k->isa, rows, pos0, n_head, n_head_kv, d, window, softcap, type);
         run_attention(k, a, 0, rows, part, scratch, true);
         CHECK(memcmp(part, whole, (size_t)n * 4) == 0);
         for (int step = 1; step < rows; step = step * 3 + 2) { /* the same bits in chunks of rows */
@@ -832,13 +858,13 @@ static void check_attention(int rows, int pos0, int n_head, int n_head_kv, int d
 
 /* A ring against a cache that holds all positions: the same bits, whatever stands in rows of the ring
  * that no query sees. */
-static void check_ring(int rows, int pos0, int d, int window, bool kv_f32) {
+static void check_ring(int rows, int pos0, int d, int window, enum amber_cells type) {
     enum { HEADS = 6, KV_HEADS = 2 };
     const int positions = pos0 + rows, ring = (window + rows + 62 + 63) / 64 * 64;
     const int first = pos0 - window + 1 > 0 ? pos0 - window + 1 : 0;
-    const size_t row = (size_t)d * (kv_f32 ? 4 : 2), n = (size_t)rows * HEADS * (size_t)d;
+    const size_t row = (size_t)(d * amber_cell_bytes(type)), n = (size_t)rows * HEADS * (size_t)d;
     struct amber_attention linear = {.q = uniforms((int64_t)n),
-                                     .kv_f32 = kv_f32,
+                                     .cells = type,
                                      .rows = rows,
                                      .n_head = HEADS,
                                      .n_head_kv = KV_HEADS,
@@ -852,19 +878,27 @@ static void check_ring(int rows, int pos0, int d, int window, bool kv_f32) {
     for (int which = 0; which < 2; which++) {
         uint8_t *all = guarded(KV_HEADS * (size_t)positions * row);
         uint8_t *some = guarded(KV_HEADS * (size_t)ring * row);
-        memset(some, 0x75, KV_HEADS * (size_t)ring * row); /* 22352 as float16, 3e32 as float32 */
-        for (int64_t i = 0; i < (int64_t)KV_HEADS * positions * d; i++) {
-            if (kv_f32)
-                ((float *)(void *)all)[i] = uniform();
-            else
-                ((uint16_t *)(void *)all)[i] = f16_bits_from_f32(uniform());
+        float *all_scales = guarded((size_t)(KV_HEADS * positions) * 4);
+        float *some_scales = guarded((size_t)(KV_HEADS * ring) * 4);
+        /* 22352 as float16, 3e32 as float32 */
+        memset(some, 0x75, KV_HEADS * (size_t)ring * row);
+        memset(some_scales, 0x75, (size_t)(KV_HEADS * ring) * 4);
+        for (int64_t r = 0; r < (int64_t)KV_HEADS * positions; r++) {
+            float x[AMBER_HEAD_MAX];
+            for (int i = 0; i < d; i++) x[i] = uniform();
+            store_row(all, all_scales, type, r, x, d);
         }
         for (int h = 0; h < KV_HEADS; h++)
-            for (int p = first; p < positions; p++)
-                memcpy(some + ((size_t)h * (size_t)ring + (size_t)(p % ring)) * row,
-                       all + ((size_t)h * (size_t)positions + (size_t)p) * row, row);
+            for (int p = first; p < positions; p++) {
+                const size_t to = (size_t)h * (size_t)ring + (size_t)(p % ring),
+                             from = (size_t)h * (size_t)positions + (size_t)p;
+                memcpy(some + to * row, all + from * row, row);
+                some_scales[to] = all_scales[from];
+            }
         *(which ? &linear.v : &linear.k) = all;
         *(which ? &wrapped.v : &wrapped.k) = some;
+        *(which ? &linear.v_scale : &linear.k_scale) = all_scales;
+        *(which ? &wrapped.v_scale : &wrapped.k_scale) = some_scales;
     }
     float *want = guarded(n * 4), *out = guarded(n * 4);
     for (int i = 0; i < n_columns; i++) {
@@ -872,8 +906,8 @@ static void check_ring(int rows, int pos0, int d, int window, bool kv_f32) {
         run_attention(&columns[i], linear, 0, rows, want, scratch, false);
         run_attention(&columns[i], wrapped, 0, rows, out, scratch, false);
         if (!CHECK(memcmp(out, want, n * 4) == 0))
-            fprintf(stderr, "    %s: ring of %d, rows %d from %d, d %d, window %d, f32 %d\n",
-                    columns[i].isa, ring, rows, pos0, d, window, kv_f32);
+            fprintf(stderr, "    %s: ring of %d, rows %d from %d, d %d, window %d, cells %d\n",
+                    columns[i].isa, ring, rows, pos0, d, window, type);
     }
     release();
 }
@@ -888,18 +922,28 @@ static void test_attention(void) {
             for (int v = 0; v < (dims[d] < 100 ? 7 : 2); v++) {
                 int i = d + r + v;
                 check_attention(r, starts[i % 6], heads[i % 7][0], heads[i % 7][1], dims[d],
-                                windows[v], v % 3 == 1 ? 20.0f : 0, i % 4 == 0, 1 + v * 3);
+                                windows[v], v % 3 == 1 ? 20.0f : 0,
+                                i % 4 == 0   ? AMBER_CELLS_F32
+                                : i % 2 == 0 ? AMBER_CELLS_I8
+                                             : AMBER_CELLS_F16,
+                                1 + v * 3);
             }
-    check_attention(150, 30, 2, 1, 64, 0, 0, false, 4);
-    check_attention(150, 30, 2, 1, 16, 37, 50, false, 8);
-    check_attention(200, 0, 1, 1, 8, 0, 0, false, 4);
-    check_attention(2, 100, 150, 1, 16, 0, 0, false, 4); /* more heads than queries of a unit */
-    check_attention(1, 1000, 4, 2, 32, 0, 0, false, 30);
-    check_attention(3, 70, 4, 1, 128, 0, 0, false, 4); /* few queries, two tiles of them */
+    for (int i = 0; i < 2; i++) {
+        const enum amber_cells type = i ? AMBER_CELLS_I8 : AMBER_CELLS_F16;
+        check_attention(150, 30, 2, 1, 64, 0, 0, type, 4);
+        check_attention(150, 30, 2, 1, 16, 37, 50, type, 8);
+        check_attention(200, 0, 1, 1, 8, 0, 0, type, 4);
+        check_attention(2, 100, 150, 1, 16, 0, 0, type, 4); /* more heads than queries of a unit */
+        check_attention(1, 1000, 4, 2, 32, 0, 0, type, 30);
+        check_attention(3, 70, 4, 1, 128, 0, 0, type, 4); /* few queries, two tiles of them */
+    }
     for (int pos0 = 0; pos0 < 700; pos0 += 61)
-        for (int i = 0; i < 6; i++)
+        for (int i = 0; i < 12; i++)
             check_ring(i % 3 == 0 ? 1 : 5 + 30 * (i % 3), pos0, i % 2 ? 64 : 24,
-                       1 + pos0 * 37 % 200, i == 5);
+                       1 + pos0 * 37 % 200,
+                       i == 5  ? AMBER_CELLS_F32
+                       : i < 6 ? AMBER_CELLS_F16
+                               : AMBER_CELLS_I8);
 }
 
 /* ---- Choice of a column ---- */

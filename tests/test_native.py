@@ -83,6 +83,8 @@ def test_refusals(native, demo_model, tmp_path):
         ([demo_model, "-p", "x", "--temp", "hot"], 2, "hot"),
         ([demo_model, "-p", "x", "--temp", "nan"], 2, "temperature"),
         ([demo_model, "-p", "x", "--precision", "int4"], 2, "int4"),
+        ([demo_model, "-p", "x", "--kv-type", "q8"], 2, "--kv-type: neither f16 nor int8: q8"),
+        ([demo_model, "-p", "x", "--kv-type", "int8", "--precision", "float"], 1, "kv_type"),
         (["/no/such/file", "-p", "x"], 1, "/no/such"),
         ([not_gguf, "-p", "x"], 1, "Git LFS"),
         ([demo_model, "-p", "word " * 100, "-c", "50"], 1, "50"),

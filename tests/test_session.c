@@ -197,27 +197,56 @@ static void test_refusals(void) {
 }
 
 /* What the estimate says is what opening takes. */
+static void check_estimate(int precision, int kv_type) {
+    amber_engine_options o;
+    amber_engine_options_defaults(&o);
+    o.threads = 2;
+    o.precision = precision;
+    amber_session_options so;
+    amber_session_options_defaults(&so);
+    so.n_ctx = 100;
+    so.n_batch = 32;
+    so.kv_type = kv_type;
+    amber_memory memory = {.size = sizeof memory};
+    CHECK_EQ(amber_memory_estimate(path, &o, &so, &memory, NULL), AMBER_OK);
+    amber_engine *engine = open_engine(2, precision);
+    amber_engine_info info = {.size = sizeof info};
+    amber_engine_get_info(engine, &info);
+    CHECK_EQ(info.weight_bytes, memory.weights_bytes);
+    amber_session *s = NULL;
+    CHECK_EQ(amber_session_new(engine, &so, &s, NULL), AMBER_OK);
+    amber_session_stats stats = {.size = sizeof stats};
+    amber_session_get_stats(s, &stats);
+    CHECK_EQ(stats.kv_bytes, memory.kv_bytes);
+    const int row = precision ? 4 * info.head_dim : kv_type ? info.head_dim + 4 : 2 * info.head_dim;
+    CHECK_EQ(stats.kv_bytes, 100LL * 2 * info.n_layer * info.n_head_kv * row);
+    CHECK_EQ(stats.scratch_bytes, memory.scratch_bytes);
+    CHECK_EQ(stats.n_ctx, 100);
+    amber_session_free(s);
+    amber_engine_close(engine);
+}
+
 static void test_estimate(void) {
-    for (int precision = 0; precision <= 1; precision++) {
-        amber_engine_options o;
-        amber_engine_options_defaults(&o);
-        o.threads = 2;
-        o.precision = precision;
-        amber_memory memory = {.size = sizeof memory};
-        CHECK_EQ(amber_memory_estimate(path, &o, 100, 32, &memory, NULL), AMBER_OK);
-        amber_engine *engine = open_engine(2, precision);
-        amber_engine_info info = {.size = sizeof info};
-        amber_engine_get_info(engine, &info);
-        CHECK_EQ(info.weight_bytes, memory.weights_bytes);
-        amber_session *s = open_session(engine, 100, 32);
-        amber_session_stats stats = {.size = sizeof stats};
-        amber_session_get_stats(s, &stats);
-        CHECK_EQ(stats.kv_bytes, memory.kv_bytes);
-        CHECK_EQ(stats.scratch_bytes, memory.scratch_bytes);
-        CHECK_EQ(stats.n_ctx, 100);
-        amber_session_free(s);
-        amber_engine_close(engine);
-    }
+    check_estimate(AMBER_PRECISION_INT8, AMBER_KV_F16);
+    check_estimate(AMBER_PRECISION_INT8, AMBER_KV_INT8);
+    check_estimate(AMBER_PRECISION_FLOAT, AMBER_KV_F16);
+}
+
+/* Types of the cache that there are not, and the one that float mode does not take. */
+static void test_kv_types(void) {
+    amber_session_options o;
+    amber_session_options_defaults(&o);
+    amber_error err = {0};
+    amber_session *s = NULL;
+    amber_engine *engine = open_engine(1, AMBER_PRECISION_FLOAT);
+    o.kv_type = AMBER_KV_INT8;
+    CHECK_EQ(amber_session_new(engine, &o, &s, &err), AMBER_ERR_UNSUPPORTED);
+    CHECK_STR(err.msg, "precision int8");
+    o.kv_type = 2;
+    CHECK_EQ(amber_session_new(engine, &o, &s, &err), AMBER_ERR_ARGUMENT);
+    CHECK_STR(err.msg, "found 2");
+    CHECK(s == NULL);
+    amber_engine_close(engine);
 }
 
 static int cancel_load(void *user, int32_t phase, int64_t done, int64_t total) {
@@ -251,6 +280,7 @@ int main(void) {
     test_cancel();
     test_refusals();
     test_estimate();
+    test_kv_types();
     test_cancel_load();
     unlink(path);
     return check_summary();

@@ -167,7 +167,7 @@ def test_other_plans_models_and_sizes(saved: Path, demo_model: Path, tmp_path: P
 
     refused(demo_model, r"sparsity plan \(8:16 in 24/56 projections\), found another \(off\)",
             sparse="8:16")  # fmt: skip
-    refused(demo_model, "precision float, found int8", precision="float")
+    refused(demo_model, "of precision float, found one of precision int8", precision="float")
     refused(demo_model, "71 tokens, context is 40", amber.AmberError, n_ctx=40)
     refused(GOLDEN / "llama.gguf", "session of this model, llama.gguf, found one of demo.gguf")
     packed = tmp_path / "demo.gguf"

@@ -420,7 +420,7 @@ static void check_model(const char *path, const char *isa, const char *sparse, i
     amber_session_options_defaults(&so);
     so.n_ctx = 100;
     so.n_batch = 50;
-    CHECK_EQ(amber_memory_estimate(path, &o, 100, 50, &memory, NULL), AMBER_OK);
+    CHECK_EQ(amber_memory_estimate(path, &o, &so, &memory, NULL), AMBER_OK);
     if (CHECK(amber_session_new(engine, &so, &s, NULL) == AMBER_OK)) {
         amber_session_get_stats(s, &stats);
         CHECK_EQ(stats.scratch_bytes, memory.scratch_bytes);

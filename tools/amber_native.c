@@ -25,6 +25,7 @@ static const char usage[] =
     "  --temp X      temperature (default 0.8; 0 always takes the likeliest token)\n"
     "  -s N          seed (default: random, and told at the end)\n"
     "  --precision int8|float\n"
+    "  --kv-type f16|int8   what keys and values are kept as (default: f16)\n"
     "  --device D    cpu, cuda, cuda:N or auto (default: $AMBER_DEVICE, else cpu)\n"
     "  --sparse S    prunes activations in prefill: off, auto or a pattern such as 8:16\n"
     "  --list-devices\n"
@@ -145,6 +146,11 @@ static int read_arguments(int argc, char **argv, struct arguments *a) {
                 a->engine.precision = AMBER_PRECISION_FLOAT;
             else if (strcmp(value, "int8") != 0)
                 return wrong_use("--precision: neither int8 nor float", value);
+        } else if (strcmp(name, "--kv-type") == 0) {
+            if (strcmp(value, "int8") == 0)
+                a->session.kv_type = AMBER_KV_INT8;
+            else if (strcmp(value, "f16") != 0)
+                return wrong_use("--kv-type: neither f16 nor int8", value);
         } else {
             return wrong_use("unknown option", name);
         }

@@ -9,8 +9,12 @@
  * Gimelshein, arXiv 1805.02867) and the weighted sum (a second product).
  *
  * A step of decoding has few queries for each cell of the cache, and to write cells as float32 and
- * read them again would cost more than their use. Few queries take float16 cells as they are turned,
- * in registers: the same chains, and so the same bits.
+ * read them again would cost more than their use. Few queries take float16 and INT8 cells as they are
+ * turned, in registers: the same chains, and so the same bits.
+ *
+ * INT8 keys are never float32. A query becomes int16 with a scale, absmax / 32767: dot products with
+ * keys are then exact in int32, and twice as many fit in an instruction. INT8 values are multiplied as
+ * the whole numbers that they are, by weights that have taken up their scales.
  *
  * A query's result does not depend on the rows it comes with: it meets exactly the blocks in which
  * it sees a key, in order, each score and each output element is one chain of fused multiply-adds
@@ -33,9 +37,13 @@ static const float SLACK = 8; /* weights stay below exp(8) */
 struct work {
     float keys[AMBER_HEAD_MAX * KEYS];   /* [head_dim, KEYS] */
     float values[KEYS * AMBER_HEAD_MAX]; /* [KEYS, padded] */
-    float queries[MOST_OUTPUT];          /* [queries, head_dim], scaled */
-    float sums[MOST_OUTPUT];             /* [queries, padded] */
+    union {
+        float f32[MOST_OUTPUT];
+        int16_t i16[2 * MOST_OUTPUT]; /* for INT8 keys, in the order of pair_query */
+    } queries;                        /* [queries, head_dim * 4 bytes], scaled */
+    float sums[MOST_OUTPUT];          /* [queries, padded] */
     float scores[TILE_Q * KEYS];
+    float query_scale[MOST_QUERIES], key_scale[KEYS], value_scale[KEYS]; /* of INT8 cells */
     float reference[MOST_QUERIES];
     float total[MOST_QUERIES * VL];
 };
@@ -127,29 +135,35 @@ static void multiply(float *c, int64_t ldc, const float *a, int64_t lda, const f
     }
 }
 
-/* VL floats of the cache at element i, n of them where the head ends. */
-static inline vf cached(const void *cache, bool f32, int64_t i, int n) {
-    if (f32) {
+/* VL cells of the cache from element i on, n of them where the head ends. */
+static inline __attribute__((always_inline)) vf cached(const void *cache, enum amber_cells cells,
+                                                       int64_t i, int n) {
+    if (cells == AMBER_CELLS_F32) {
         const float *p = (const float *)cache + i;
         return n >= VL ? v_load(p) : v_load_n(p, n);
+    }
+    if (cells == AMBER_CELLS_I8) {
+        const int8_t *p = (const int8_t *)cache + i;
+        return n >= VL ? v_load_i8(p) : v_load_i8_n(p, n);
     }
     const uint16_t *p = (const uint16_t *)cache + i;
     return n >= VL ? v_load_f16(p) : v_load_f16_n(p, n);
 }
 
 /* VL keys at elements i.. of the head dimension, transposed. */
-static inline __attribute__((always_inline)) void load_keys_tile(const struct amber_attention *a,
-                                                                 int64_t first, int n, int i,
-                                                                 float *to, const bool f32,
-                                                                 const bool whole) {
+static inline __attribute__((always_inline)) void
+load_keys_tile(const struct amber_attention *a, int64_t first, int n, int i, float *to,
+               const enum amber_cells cells, const bool whole) {
     const int d = a->head_dim, width = d - i < VL ? d - i : VL;
-    const size_t cell = f32 ? 4 : 2;
+    const int bytes = amber_cell_bytes(cells);
     vf r[VL];
     UNROLL
     for (int l = 0; l < VL; l++) {
         int64_t at = (first + l) * d + i;
-        if (i % 32 == 0) v_prefetch((const char *)a->v + (at + KEYS * d) * cell);
-        r[l] = whole ? cached(a->k, f32, at, VL) : l < n ? cached(a->k, f32, at, width) : v_set1(0);
+        if (i % 32 == 0) v_prefetch((const char *)a->v + (at + KEYS * d) * bytes);
+        r[l] = whole   ? cached(a->k, cells, at, VL)
+               : l < n ? cached(a->k, cells, at, width)
+                       : v_set1(0);
     }
     v_transpose(r);
     if (whole) {
@@ -166,28 +180,126 @@ static void load_keys(const struct amber_attention *a, int64_t first, int n, flo
         for (int i = 0; i < a->head_dim; i += VL) {
             float *to = keys + (int64_t)i * KEYS + j;
             bool whole = n - j >= VL && a->head_dim - i >= VL;
-            if (whole && !a->kv_f32) {
-                load_keys_tile(a, first + j, VL, i, to, false, true);
-            } else if (a->kv_f32) {
-                load_keys_tile(a, first + j, n - j, i, to, true, false);
-            } else {
-                load_keys_tile(a, first + j, n - j, i, to, false, false);
-            }
+            if (whole && a->cells == AMBER_CELLS_F16)
+                load_keys_tile(a, first + j, VL, i, to, AMBER_CELLS_F16, true);
+            else
+                load_keys_tile(a, first + j, n - j, i, to, a->cells, false);
         }
     }
 }
 
 static void load_values(const struct amber_attention *a, int64_t first, int n, int padded,
                         float *values) {
-    const int d = a->head_dim, whole = a->kv_f32 ? 0 : d / VL * VL;
+    const int d = a->head_dim, whole = a->cells == AMBER_CELLS_F32 ? 0 : d / VL * VL;
     for (int j = 0; j < n; j++) {
         int64_t at = (first + j) * d;
         float *to = values + (int64_t)j * padded;
-        for (int i = 0; i < whole; i += VL)
-            v_store(to + i, v_load_f16((const uint16_t *)a->v + at + i));
-        for (int i = whole; i < d; i += VL) v_store(to + i, cached(a->v, a->kv_f32, at + i, d - i));
+        if (a->cells == AMBER_CELLS_I8)
+            for (int i = 0; i < whole; i += VL)
+                v_store(to + i, v_load_i8((const int8_t *)a->v + at + i));
+        else
+            for (int i = 0; i < whole; i += VL)
+                v_store(to + i, v_load_f16((const uint16_t *)a->v + at + i));
+        for (int i = whole; i < d; i += VL) v_store(to + i, cached(a->v, a->cells, at + i, d - i));
     }
 }
+
+/* The scales of n positions; those that fill up the block become 0. */
+static void load_scales(const float *scale, int64_t first, int n, float *to) {
+    memset(to, 0, KEYS * sizeof *to);
+    memcpy(to, scale + first, (size_t)n * sizeof *to);
+}
+
+/* ---- INT8 keys ---- */
+
+/* A query [n] to int16, four at a time in the order in which the keys' bytes come: 0 2 1 3, and zeros
+ * up to a multiple of 16. Returns its scale; NaN for one that is not finite. */
+static float pair_query(const float *x, int n, int16_t *to) {
+    int32_t whole[AMBER_HEAD_MAX];
+    vi largest = vi_zero();
+    int i = 0;
+    for (; i + VL <= n; i += VL) largest = vi_max(largest, vi_magnitude(v_load(x + i)));
+    if (i < n) largest = vi_max(largest, vi_magnitude(v_load_n(x + i, n - i)));
+    const int32_t bits = vi_largest(largest);
+    float absmax;
+    memcpy(&absmax, &bits, 4);
+    const float inverse = 32767.0f / absmax;
+    const bool finite = bits < 0x7f800000, zero = isinf(inverse);
+    memset(to, 0, sizeof *to * (size_t)((n + 15) / 16 * 16));
+    if (!finite || zero) return finite ? 0.0f : NAN;
+    for (i = 0; i < n; i++) whole[i] = (int32_t)lrintf(x[i] * inverse);
+    for (i = 0; i < n; i += 4) {
+        to[i] = (int16_t)whole[i];
+        to[i + 1] = (int16_t)whole[i + 2];
+        to[i + 2] = (int16_t)whole[i + 1];
+        to[i + 3] = (int16_t)whole[i + 3];
+    }
+    return absmax / 32767.0f;
+}
+
+/* VL keys from `cell` on against `rows` queries: 16 of their bytes, or the last 8. */
+static inline __attribute__((always_inline)) void i8_step(const int8_t *cell, int d, int last,
+                                                          const int16_t *queries, vi *acc,
+                                                          const int rows, const bool half) {
+    vi fours[4];
+    vi_load_fours(cell, d, last, half, fours);
+    UNROLL
+    for (int g = 0; g < 4; g++) {
+        const vi even = vi_even_bytes(fours[g]), odd = vi_odd_bytes(fours[g]);
+        UNROLL
+        for (int q = 0; q < rows; q++) {
+            int32_t pairs[2];
+            memcpy(pairs, queries + q * 2 * d + g * 4, sizeof pairs);
+            acc[q] = vi_dot_pairs(acc[q], even, vi_set1(pairs[0]));
+            acc[q] = vi_dot_pairs(acc[q], odd, vi_set1(pairs[1]));
+        }
+    }
+}
+
+/* Scores of positions first..first+n-1 against `rows` queries; those that fill up the last vector
+ * become 0. The next block's keys are fetched meanwhile. */
+static inline __attribute__((always_inline)) void
+i8_scores(const struct amber_attention *a, int64_t first, int n, const int16_t *queries,
+          const float *query_scale, const float *key_scale, float *scores, const int rows) {
+    const int d = a->head_dim;
+    for (int j = 0; j < n; j += VL) {
+        const int8_t *cell = (const int8_t *)a->k + (first + j) * d;
+        const int last = n - j < VL ? n - j - 1 : VL - 1;
+        vi acc[TILE_Q];
+        UNROLL
+        for (int q = 0; q < rows; q++) acc[q] = vi_zero();
+        for (int i = 0; i < VL * d; i += 64) v_prefetch(cell + KEYS * d + i);
+        int i = 0;
+        if (last == VL - 1)
+            for (; i + 16 <= d; i += 16)
+                i8_step(cell + i, d, VL - 1, queries + i, acc, rows, false);
+        else
+            for (; i + 16 <= d; i += 16) i8_step(cell + i, d, last, queries + i, acc, rows, false);
+        if (i < d) i8_step(cell + i, d, last, queries + i, acc, rows, true);
+        const vf scale = v_load(key_scale + j);
+        UNROLL
+        for (int q = 0; q < rows; q++)
+            v_store(scores + q * KEYS + j,
+                    v_mul(v_from_vi(acc[q]), v_mul(v_set1(query_scale[q]), scale)));
+    }
+}
+
+#define I8_SCORES(rows)                                                                            \
+    static __attribute__((noinline)) void i8_scores_##rows(                                        \
+        const struct amber_attention *a, int64_t first, int n, const int16_t *queries,             \
+        const float *query_scale, const float *key_scale, float *scores) {                         \
+        i8_scores(a, first, n, queries, query_scale, key_scale, scores, rows);                     \
+    }
+I8_SCORES(1)
+I8_SCORES(2)
+I8_SCORES(3)
+I8_SCORES(4)
+I8_SCORES(5)
+I8_SCORES(6)
+static void (*const i8_scores_fns[TILE_Q])(const struct amber_attention *, int64_t, int,
+                                           const int16_t *, const float *, const float *,
+                                           float *) = {i8_scores_1, i8_scores_2, i8_scores_3,
+                                                       i8_scores_4, i8_scores_5, i8_scores_6};
 
 /* ---- few queries ---- */
 
@@ -195,7 +307,7 @@ enum { FEW = 2 * TILE_Q };
 
 /* Reads each cell of the cache once per tile of queries. */
 static bool takes_cells(const struct amber_attention *a, int n_queries) {
-    return n_queries <= FEW && !a->kv_f32 && a->head_dim % VL == 0;
+    return n_queries <= FEW && a->cells != AMBER_CELLS_F32 && a->head_dim % VL == 0;
 }
 
 /* Scores of positions first..first+n-1 against `rows` queries; those that fill up the last vector
@@ -231,9 +343,9 @@ static inline __attribute__((always_inline)) void cell_scores(const struct amber
 /* sums = sums * factor[row] + scores * the values of positions first..first+n-1. */
 static inline __attribute__((always_inline)) void
 cell_sums(const struct amber_attention *a, int64_t first, int n, const float *scores,
-          const float *factor, float *sums, const int rows, const int vectors) {
-    const int d = a->head_dim;
-    const uint16_t *cell = (const uint16_t *)a->v + first * d;
+          const float *factor, float *sums, const int rows, const enum amber_cells cells,
+          const int vectors) {
+    const int d = a->head_dim, bytes = amber_cell_bytes(cells);
     for (int i = 0; i < d; i += vectors * VL) {
         vf acc[TILE_Q][TILE_VECTORS];
         UNROLL
@@ -241,12 +353,13 @@ cell_sums(const struct amber_attention *a, int64_t first, int n, const float *sc
         for (int v = 0; v < vectors; v++)
             acc[q][v] = v_mul(v_load(sums + q * d + i + v * VL), v_set1(factor[q]));
         for (int j = 0; j < n; j++) {
-            const uint16_t *from = cell + (int64_t)j * d + i;
+            const int64_t at = (first + j) * d + i;
             vf value[TILE_VECTORS];
             UNROLL
             for (int v = 0; v < vectors; v++) {
-                if (v * VL % 32 == 0) v_prefetch(from + KEYS * d + v * VL);
-                value[v] = v_load_f16(from + v * VL);
+                if (v * VL * bytes % 64 == 0)
+                    v_prefetch((const char *)a->v + (at + KEYS * d + v * VL) * bytes);
+                value[v] = cached(a->v, cells, at + v * VL, VL);
             }
             UNROLL
             for (int q = 0; q < rows; q++) UNROLL
@@ -265,13 +378,16 @@ cell_sums(const struct amber_attention *a, int64_t first, int n, const float *sc
         float *scores) {                                                                           \
         cell_scores(a, first, n, queries, scores, rows);                                           \
     }                                                                                              \
-    static __attribute__((noinline)) void cell_sums_##rows(                                        \
+    CELL_SUMS(rows, F16)                                                                           \
+    CELL_SUMS(rows, I8)
+#define CELL_SUMS(rows, type)                                                                      \
+    static __attribute__((noinline)) void cell_sums_##rows##_##type(                               \
         const struct amber_attention *a, int64_t first, int n, const float *scores,                \
         const float *factor, float *sums) {                                                        \
         if (a->head_dim % (TILE_VECTORS * VL) == 0)                                                \
-            cell_sums(a, first, n, scores, factor, sums, rows, TILE_VECTORS);                      \
+            cell_sums(a, first, n, scores, factor, sums, rows, AMBER_CELLS_##type, TILE_VECTORS);  \
         else                                                                                       \
-            cell_sums(a, first, n, scores, factor, sums, rows, 1);                                 \
+            cell_sums(a, first, n, scores, factor, sums, rows, AMBER_CELLS_##type, 1);             \
     }
 CELLS(1)
 CELLS(2)
@@ -282,9 +398,12 @@ CELLS(6)
 static void (*const cell_scores_fns[TILE_Q])(const struct amber_attention *, int64_t, int,
                                              const float *, float *) = {
     cell_scores_1, cell_scores_2, cell_scores_3, cell_scores_4, cell_scores_5, cell_scores_6};
-static void (*const cell_sums_fns[TILE_Q])(const struct amber_attention *, int64_t, int,
-                                           const float *, const float *, float *) = {
-    cell_sums_1, cell_sums_2, cell_sums_3, cell_sums_4, cell_sums_5, cell_sums_6};
+#define CELL_SUMS_FNS(type)                                                                        \
+    {cell_sums_1_##type, cell_sums_2_##type, cell_sums_3_##type,                                   \
+     cell_sums_4_##type, cell_sums_5_##type, cell_sums_6_##type}
+static void (*const cell_sums_fns[2][TILE_Q])(const struct amber_attention *, int64_t, int,
+                                              const float *, const float *,
+                                              float *) = {CELL_SUMS_FNS(F16), CELL_SUMS_FNS(I8)};
 
 static inline float expf_of(float x) { /* one lane: the same bits as elsewhere */
     float lanes[VL];
@@ -300,12 +419,13 @@ static inline vf capped(vf s, float softcap) {
 }
 
 /* Turns a query's scores [n] (n a multiple of VL), of which low..high-1 count, into weights
- * exp(score - reference) and adds them to the total, lane by lane. The reference is a score that
+ * exp(score - reference) and adds them to the total, lane by lane; then they take up the scales of
+ * their values, where these have any (else NULL). The reference is a score that
  * was the largest once: it moves only when one is larger by more than SLACK, which keeps the
  * weights far from overflow and mostly spares the search for the largest. Returns by how much what
  * has been summed under the old reference must shrink. */
-static inline float weigh(float *s, int n, int low, int high, float softcap, float *reference,
-                          float *total) {
+static inline float weigh(float *s, int n, int low, int high, float softcap,
+                          const float *value_scale, float *reference, float *total) {
     if (softcap > 0)
         for (int j = 0; j < n; j += VL) v_store(s + j, capped(v_load(s + j), softcap));
     for (int j = 0; j < low; j++) s[j] = -INFINITY;
@@ -323,7 +443,7 @@ static inline float weigh(float *s, int n, int low, int high, float softcap, flo
     for (int j = 0; j < n; j += VL) {
         vf e = v_exp(v_sub(v_load(s + j), shift));
         sum = v_add(sum, e);
-        v_store(s + j, e);
+        v_store(s + j, value_scale ? v_mul(e, v_load(value_scale + j)) : e);
     }
     v_store(total, sum);
     return shrink;
@@ -333,9 +453,12 @@ static inline float weigh(float *s, int n, int low, int high, float softcap, flo
 static void attend(const struct amber_attention *a, const struct cut *c, int kv_head, int head0,
                    int heads, int row0, int rows, struct work *w) {
     const int d = a->head_dim, n_queries = rows * heads, first_pos = a->pos0 + row0;
+    const bool i8 = a->cells == AMBER_CELLS_I8;
     for (int q = 0; q < n_queries; q++) {
         int64_t at = ((int64_t)(row0 + q / heads) * a->n_head + head0 + q % heads) * d;
-        for (int i = 0; i < d; i++) w->queries[q * d + i] = a->q[at + i] * a->scale;
+        float scaled[AMBER_HEAD_MAX], *to = i8 ? scaled : w->queries.f32 + q * d;
+        for (int i = 0; i < d; i++) to[i] = a->q[at + i] * a->scale;
+        if (i8) w->query_scale[q] = pair_query(scaled, d, w->queries.i16 + q * 2 * d);
         w->reference[q] = -FLT_MAX;
     }
     memset(w->total, 0, (size_t)n_queries * VL * sizeof(float));
@@ -355,31 +478,37 @@ static void attend(const struct amber_attention *a, const struct cut *c, int kv_
             end = p0 + KEYS - 1 + window - first_pos;
         int n = last - p0 + 1 < KEYS ? last - p0 + 1 : KEYS;
         int64_t cache_row = (int64_t)kv_head * a->n_ctx + p0 % a->n_ctx;
-        const char *next = (const char *)a->k + (cache_row + KEYS) * d * (a->kv_f32 ? 4 : 2);
-        if (!cells) {
-            load_keys(a, cache_row, n, w->keys);
-            load_values(a, cache_row, n, c->padded, w->values);
+        const char *next = (const char *)a->k + (cache_row + KEYS) * d * amber_cell_bytes(a->cells);
+        if (i8) {
+            load_scales(a->k_scale, cache_row, n, w->key_scale);
+            load_scales(a->v_scale, cache_row, n, w->value_scale);
         }
+        if (!cells && !i8) load_keys(a, cache_row, n, w->keys);
+        if (!cells) load_values(a, cache_row, n, c->padded, w->values);
         for (int q = begin * heads; q < end * heads; q += TILE_Q) {
             int tile = end * heads - q < TILE_Q ? end * heads - q : TILE_Q;
             int seen = first_pos + (q + tile - 1) / heads - p0 + 1; /* by the tile's last row */
             if (seen > KEYS) seen = KEYS;
             const int vectors = (seen + VL - 1) / VL;
             float *sums = w->sums + (int64_t)q * c->padded;
-            if (cells)
-                cell_scores_fns[tile - 1](a, cache_row, seen, w->queries + q * d, w->scores);
+            if (i8)
+                i8_scores_fns[tile - 1](a, cache_row, seen, w->queries.i16 + q * 2 * d,
+                                        w->query_scale + q, w->key_scale, w->scores);
+            else if (cells)
+                cell_scores_fns[tile - 1](a, cache_row, seen, w->queries.f32 + q * d, w->scores);
             else
-                multiply(w->scores, KEYS, w->queries + q * d, d, w->keys, KEYS, d, NULL, next, tile,
-                         vectors);
+                multiply(w->scores, KEYS, w->queries.f32 + q * d, d, w->keys, KEYS, d, NULL, next,
+                         tile, vectors);
             float shrink[TILE_Q];
             for (int r = 0; r < tile; r++) {
                 int pos = first_pos + (q + r) / heads;
                 int low = window > 0 ? pos - window + 1 - p0 : 0;
                 shrink[r] = weigh(w->scores + r * KEYS, vectors * VL, low, pos - p0 + 1, a->softcap,
-                                  &w->reference[q + r], w->total + (q + r) * VL);
+                                  i8 ? w->value_scale : NULL, &w->reference[q + r],
+                                  w->total + (q + r) * VL);
             }
             if (cells)
-                cell_sums_fns[tile - 1](a, cache_row, seen, w->scores, shrink, sums);
+                cell_sums_fns[i8][tile - 1](a, cache_row, seen, w->scores, shrink, sums);
             else
                 multiply(sums, c->padded, w->scores, KEYS, w->values, c->padded, seen, shrink,
                          next + d * KEYS, tile, c->padded / VL);

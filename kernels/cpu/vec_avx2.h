@@ -97,6 +97,15 @@ static inline void v_store_f16_n(uint16_t *p, vf v, int n) {
     memcpy(p, padded, (size_t)n * 2);
 }
 
+static inline vf v_load_i8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+static inline vf v_load_i8_n(const int8_t *p, int n) {
+    int8_t padded[8] = {0};
+    memcpy(padded, p, (size_t)n);
+    return v_load_i8(padded);
+}
+
 static inline void v_load_pairs(const float *p, vf *a, vf *b) {
     vf low = v_load(p), high = v_load(p + 8);
     __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88)); /* a0 a1 a4 a5 a2 .. */
@@ -138,6 +147,43 @@ static inline vi vi_round(vf v) {
 static inline void vi_store_i8(int8_t *p, vi v) {
     __m128i s = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(s, s));
+}
+
+static inline vi vi_set1(int32_t x) {
+    return _mm256_set1_epi32(x);
+}
+static inline vf v_from_vi(vi v) {
+    return _mm256_cvtepi32_ps(v);
+}
+static inline vi vi_even_bytes(vi v) {
+    return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8);
+}
+static inline vi vi_odd_bytes(vi v) {
+    return _mm256_srai_epi16(v, 8);
+}
+static inline vi vi_dot_pairs(vi acc, vi a, vi b) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+}
+static inline __attribute__((always_inline)) void
+vi_load_fours(const int8_t *p, int64_t stride, int last, const bool half, vi out[4]) {
+    vi z[4];
+    UNROLL
+    for (int a = 0; a < 4; a++) {
+        __m128i r[2];
+        UNROLL
+        for (int l = 0; l < 2; l++) {
+            const int row = 4 * l + a < last ? 4 * l + a : last;
+            const __m128i *from = (const __m128i *)(p + row * stride);
+            r[l] = half ? _mm_loadl_epi64(from) : _mm_loadu_si128(from);
+        }
+        z[a] = _mm256_inserti128_si256(_mm256_castsi128_si256(r[0]), r[1], 1);
+    }
+    vi low0 = _mm256_unpacklo_epi32(z[0], z[1]), high0 = _mm256_unpackhi_epi32(z[0], z[1]);
+    vi low1 = _mm256_unpacklo_epi32(z[2], z[3]), high1 = _mm256_unpackhi_epi32(z[2], z[3]);
+    out[0] = _mm256_unpacklo_epi64(low0, low1);
+    out[1] = _mm256_unpackhi_epi64(low0, low1);
+    out[2] = _mm256_unpacklo_epi64(high0, high1);
+    out[3] = _mm256_unpackhi_epi64(high0, high1);
 }
 
 static inline __attribute__((always_inline)) void v_transpose(vf r[VL]) {

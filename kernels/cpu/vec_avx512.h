@@ -91,6 +91,13 @@ static inline void v_store_f16_n(uint16_t *p, vf v, int n) {
     _mm256_mask_storeu_epi16(p, v_first(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+static inline vf v_load_i8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+static inline vf v_load_i8_n(const int8_t *p, int n) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(v_first(n), p)));
+}
+
 /* 2 * VL floats a0 b0 a1 b1 ... as two vectors, and back. */
 static inline void v_load_pairs(const float *p, vf *a, vf *b) {
     __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -127,6 +134,50 @@ static inline vi vi_round(vf v) {
 }
 static inline void vi_store_i8(int8_t *p, vi v) {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(v));
+}
+
+static inline vi vi_set1(int32_t x) {
+    return _mm512_set1_epi32(x);
+}
+static inline vf v_from_vi(vi v) {
+    return _mm512_cvtepi32_ps(v);
+}
+/* Four bytes as two pairs of int16: the first and the third, the second and the fourth. */
+static inline vi vi_even_bytes(vi v) {
+    return _mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8);
+}
+static inline vi vi_odd_bytes(vi v) {
+    return _mm512_srai_epi16(v, 8);
+}
+/* acc + a0 * b0 + a1 * b1, pairs of int16. */
+static inline vi vi_dot_pairs(vi acc, vi a, vi b) {
+    return _mm512_dpwssd_epi32(acc, a, b);
+}
+/* Bytes of VL rows: lane l of out[g] is bytes 4g .. 4g+3 of row l, which begins at p + l * stride.
+ * Rows behind `last` are copies of it; half: rows have 8 bytes, and out[2], out[3] are 0. */
+static inline __attribute__((always_inline)) void
+vi_load_fours(const int8_t *p, int64_t stride, int last, const bool half, vi out[4]) {
+    vi z[4];
+    UNROLL
+    for (int a = 0; a < 4; a++) {
+        __m128i r[4];
+        UNROLL
+        for (int l = 0; l < 4; l++) {
+            const int row = 4 * l + a < last ? 4 * l + a : last;
+            const __m128i *from = (const __m128i *)(p + row * stride);
+            r[l] = half ? _mm_loadl_epi64(from) : _mm_loadu_si128(from);
+        }
+        z[a] = _mm512_castsi128_si512(r[0]);
+        z[a] = _mm512_inserti32x4(z[a], r[1], 1);
+        z[a] = _mm512_inserti32x4(z[a], r[2], 2);
+        z[a] = _mm512_inserti32x4(z[a], r[3], 3);
+    }
+    vi low0 = _mm512_unpacklo_epi32(z[0], z[1]), high0 = _mm512_unpackhi_epi32(z[0], z[1]);
+    vi low1 = _mm512_unpacklo_epi32(z[2], z[3]), high1 = _mm512_unpackhi_epi32(z[2], z[3]);
+    out[0] = _mm512_unpacklo_epi64(low0, low1);
+    out[1] = _mm512_unpackhi_epi64(low0, low1);
+    out[2] = _mm512_unpacklo_epi64(high0, high1);
+    out[3] = _mm512_unpackhi_epi64(high0, high1);
 }
 
 /* r[i] lane j  <->  r[j] lane i. */

@@ -93,6 +93,15 @@ static inline void v_store_f16_n(uint16_t *p, vf v, int n) {
     memcpy(p, padded, (size_t)n * 2);
 }
 
+static inline vf v_load_i8_n(const int8_t *p, int n) {
+    uint64_t bytes = 0; /* the first 4 are read */
+    memcpy(&bytes, p, (size_t)n);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(bytes)))));
+}
+static inline vf v_load_i8(const int8_t *p) {
+    return v_load_i8_n(p, 4);
+}
+
 static inline void v_load_pairs(const float *p, vf *a, vf *b) {
     float32x4x2_t v = vld2q_f32(p);
     *a = v.val[0];
@@ -127,6 +136,42 @@ static inline void vi_store_i8(int8_t *p, vi v) {
     int8x8_t bytes = vmovn_s16(vcombine_s16(vmovn_s32(v), vdup_n_s16(0)));
     uint32_t four = vget_lane_u32(vreinterpret_u32_s8(bytes), 0);
     memcpy(p, &four, 4);
+}
+
+static inline vi vi_set1(int32_t x) {
+    return vdupq_n_s32(x);
+}
+static inline vf v_from_vi(vi v) {
+    return vcvtq_f32_s32(v);
+}
+static inline vi vi_even_bytes(vi v) {
+    return vreinterpretq_s32_s16(vshrq_n_s16(vshlq_n_s16(vreinterpretq_s16_s32(v), 8), 8));
+}
+static inline vi vi_odd_bytes(vi v) {
+    return vreinterpretq_s32_s16(vshrq_n_s16(vreinterpretq_s16_s32(v), 8));
+}
+static inline vi vi_dot_pairs(vi acc, vi a, vi b) {
+    int16x8_t x = vreinterpretq_s16_s32(a), y = vreinterpretq_s16_s32(b);
+    int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y));
+    return vaddq_s32(acc, vpaddq_s32(low, vmull_high_s16(x, y)));
+}
+static inline __attribute__((always_inline)) void
+vi_load_fours(const int8_t *p, int64_t stride, int last, const bool half, vi out[4]) {
+    vi z[4];
+    UNROLL
+    for (int l = 0; l < 4; l++) {
+        const int8_t *from = p + (l < last ? l : last) * stride;
+        z[l] =
+            vreinterpretq_s32_s8(half ? vcombine_s8(vld1_s8(from), vdup_n_s8(0)) : vld1q_s8(from));
+    }
+    int64x2_t low0 = vreinterpretq_s64_s32(vzip1q_s32(z[0], z[1]));
+    int64x2_t high0 = vreinterpretq_s64_s32(vzip2q_s32(z[0], z[1]));
+    int64x2_t low1 = vreinterpretq_s64_s32(vzip1q_s32(z[2], z[3]));
+    int64x2_t high1 = vreinterpretq_s64_s32(vzip2q_s32(z[2], z[3]));
+    out[0] = vreinterpretq_s32_s64(vzip1q_s64(low0, low1));
+    out[1] = vreinterpretq_s32_s64(vzip2q_s64(low0, low1));
+    out[2] = vreinterpretq_s32_s64(vzip1q_s64(high0, high1));
+    out[3] = vreinterpretq_s32_s64(vzip2q_s64(high0, high1));
 }
 
 static inline __attribute__((always_inline)) void v_transpose(vf r[VL]) {

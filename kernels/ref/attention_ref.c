@@ -8,14 +8,19 @@ int amber_attention_units_ref(const struct amber_attention *a) {
     return a->rows * a->n_head_kv;
 }
 
-static double element(const void *cache, bool f32, int64_t i) {
-    return f32 ? ((const float *)cache)[i] : f32_from_f16_bits(((const uint16_t *)cache)[i]);
+/* Element i of a row of keys, or of values. */
+static double element(const struct amber_attention *a, bool values, int64_t row, int i) {
+    const void *cache = values ? a->v : a->k;
+    const int64_t at = row * a->head_dim + i;
+    if (a->cells == AMBER_CELLS_I8)
+        return ((const int8_t *)cache)[at] * (double)(values ? a->v_scale : a->k_scale)[row];
+    return a->cells == AMBER_CELLS_F32 ? ((const float *)cache)[at]
+                                       : f32_from_f16_bits(((const uint16_t *)cache)[at]);
 }
 
 static double score(const struct amber_attention *a, const float *q, int64_t row) {
     double dot = 0;
-    for (int i = 0; i < a->head_dim; i++)
-        dot += q[i] * element(a->k, a->kv_f32, row * a->head_dim + i);
+    for (int i = 0; i < a->head_dim; i++) dot += q[i] * element(a, false, row, i);
     dot *= a->scale;
     return a->softcap > 0 ? a->softcap * tanh(dot / a->softcap) : dot;
 }
@@ -39,8 +44,7 @@ void amber_attention_ref(const struct amber_attention *a, int unit0, int unit1, 
                 double weight = exp(score(a, a->q + offset, base + p % a->n_ctx) - largest);
                 total += weight;
                 for (int i = 0; i < a->head_dim; i++)
-                    sum[i] +=
-                        weight * element(a->v, a->kv_f32, (base + p % a->n_ctx) * a->head_dim + i);
+                    sum[i] += weight * element(a, true, base + p % a->n_ctx, i);
             }
             for (int i = 0; i < a->head_dim; i++) a->out[offset + i] = (float)(sum[i] / total);
         }

@@ -32,10 +32,10 @@ from .crossover import cpu_name
 from .engine import PRECISIONS, Engine, isa_list, memory_estimate
 from .errors import AmberError
 from .models import find_model
-from .session import Session
+from .session import KV_TYPES, Session
 
 KEYS = (
-    "model", "test", "threads", "device", "isa", "precision", "sparse", "coverage",
+    "model", "test", "threads", "device", "isa", "precision", "kv_type", "sparse", "coverage",
     "tokens_per_second", "stddev", "share_of_peak", "peak_rss_bytes", "load_seconds",
     "logits_hash", "n_params", "weight_bytes", "repeats", "peak_int8_ops", "peak_read_bytes",
     "commit", "cpu",
@@ -67,6 +67,7 @@ class Config:
     isa: str | None
     sparse: str = "auto"
     device: str | None = None
+    kv_type: str = "f16"
 
 
 # ---- work and limits ----
@@ -84,8 +85,8 @@ def work(job: Job, info: dict[str, Any]) -> float:
     """
     if job.kind == "pp":
         return 2.0 * (info["layer_multiplications"] * job.n + info["n_embd"] * info["n_vocab"])
-    kv_width = info["n_head_kv"] * info["head_dim"]
-    kv_bytes = 2 * info["n_layer"] * kv_width * (4 if info["precision"] == "float" else 2)
+    row = {"f32": 4 * info["head_dim"], "f16": 2 * info["head_dim"], "int8": info["head_dim"] + 4}
+    kv_bytes = 2 * info["n_layer"] * info["n_head_kv"] * row[info["kv_type"]]
     return job.n * (info["token_bytes"] + job.batch * kv_bytes * (job.depth + job.n / 2))
 
 
@@ -148,6 +149,7 @@ class Worker:
             isa=config.isa,
             sparse=config.sparse,
             device=config.device,
+            kv_type=config.kv_type,
         )
         most = max(job.depth + job.n for job in jobs) + 1
         self.tokens = sample_tokens(most, self.engine.info.n_vocab, self.engine.tokenizer.bos)
@@ -362,7 +364,9 @@ def check_memory(configs: Sequence[Config], jobs: Sequence[Job]) -> None:
     for config in configs:
         for depth in {job.depth for job in jobs}:
             room = room_of(jobs, depth)
-            part = memory_estimate(config.model, n_ctx=room, precision=config.precision)
+            part = memory_estimate(
+                config.model, n_ctx=room, precision=config.precision, kv_type=config.kv_type
+            )
             sessions = max(t.batch for t in jobs if t.depth == depth)
             need += sessions * (part.kv_bytes + part.scratch_bytes)
         need += part.weights_bytes
@@ -415,6 +419,12 @@ def parser() -> argparse.ArgumentParser:
         "--precision", default="int8", metavar="P[,P]", help=f"{', '.join(PRECISIONS)} (int8)"
     )
     top.add_argument(
+        "--kv-type",
+        default="f16",
+        metavar="K[,K]",
+        help=f"what keys and values are kept as: {', '.join(KV_TYPES)} (f16)",
+    )
+    top.add_argument(
         "--isa", metavar="I[,I]", help=f"kernel columns of {', '.join(isa_list())} (the first)"
     )
     top.add_argument(
@@ -464,6 +474,14 @@ def columns(text: str) -> list[str]:
     return isas
 
 
+def kv_types_of(args: argparse.Namespace) -> list[str]:
+    kv_types = args.kv_type.split(",")
+    for kv_type in kv_types:
+        if kv_type not in KV_TYPES:
+            raise UsageError(f"--kv-type: expected {' or '.join(KV_TYPES)}, found {kv_type!r}")
+    return kv_types
+
+
 def plan(args: argparse.Namespace) -> tuple[list[Config], list[Job]]:
     """What a command line asks for."""
     if not args.models:
@@ -490,6 +508,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Config], list[Job]]:
             raise UsageError(
                 f"--precision: expected {' or '.join(PRECISIONS)}, found {precision!r}"
             )
+    kv_types = kv_types_of(args)
     isas = columns(args.isa) if args.isa else [None]
     for model in args.models:
         find_model(model)
@@ -502,6 +521,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Config], list[Job]]:
             isas,
             args.sparse or ["auto"],
             args.device.split(",") if args.device else [None],
+            kv_types,
         )
     ]
     return configs, jobs
@@ -509,7 +529,7 @@ def plan(args: argparse.Namespace) -> tuple[list[Config], list[Job]]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A table like llama-bench's."""
-    head = ["model", "params", "precision", "isa", "threads", "sparse", "test", "tok/s",
+    head = ["model", "params", "precision", "KV", "isa", "threads", "sparse", "test", "tok/s",
             "of peak", "peak RSS", "load s", "logits"]  # fmt: skip
     table = [head]
     for r in rows:
@@ -518,6 +538,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             os.path.basename(r["model"]),
             f"{r['n_params'] / 1e6:.1f} M",
             r["precision"],
+            r["kv_type"],
             r["isa"] if r["device"] == "cpu" else r["device"],
             str(r["threads"]),
             r["sparse"],
@@ -582,6 +603,7 @@ def kernel_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         integers("-d", args.depth or "0,4096", 0),
         patterns,
         shapes(args.shapes) if args.shapes else kernel_bench.SHAPES,
+        kv_types_of(args),
     )
     isas = columns(args.isa) if args.isa else kernel_bench.default_isas()
     configs = list(itertools.product(isas, integers("-t", args.threads or "1", 1)))
@@ -603,7 +625,8 @@ def label_of(r: dict[str, Any]) -> str:
         shape = f"{r['n_out']}x{r['n_in']}" if r["n_out"] else f"{r['n_in'] or r['depth']}"
         return f"{r['kernel']} {shape} T={r['rows']} {r['pattern']} x{r['threads']}"
     name = os.path.splitext(os.path.basename(r["model"]))[0]
-    return f"{r['test']}  {name} {r['sparse']} {r['precision']} {r['isa']} x{r['threads']}"
+    name = f"{r['test']}  {name} {r['sparse']} {r['precision']} {r['isa']} x{r['threads']}"
+    return name if r["kv_type"] != "int8" else f"{name} KV int8"
 
 
 def plot(pyplot: Any, rows: Sequence[dict[str, Any]], path: str) -> None:

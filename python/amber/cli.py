@@ -23,6 +23,7 @@ from .models import built_in_models
 from .progress import Bars
 from .report import info_lines, model_line, result_json, result_line, template_line
 from .sampling import SamplingParams
+from .session import KV_TYPES
 from .sparse import CRITERIA, MITIGATIONS
 
 
@@ -73,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("-b", "--batch", type=int, help="rows of one prefill batch (512)")
     model.add_argument("-t", "--threads", type=int, help="threads (physical cores)")
     model.add_argument("--precision", choices=PRECISIONS, default="int8", help="(int8)")
+    model.add_argument(
+        "--kv-type", choices=KV_TYPES, default="f16", help="what keys and values are kept as (f16)"
+    )
     model.add_argument(
         "--device", metavar="D", help="cpu, cuda, cuda:N, auto ($AMBER_DEVICE or cpu)"
     )
@@ -269,6 +273,7 @@ def run(args: argparse.Namespace) -> int:
             precision=args.precision,
             isa=args.isa,
             n_batch=args.batch,
+            kv_type=args.kv_type,
             device=args.device,
             sparse=args.sparse,
             criterion=args.criterion,

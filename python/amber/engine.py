@@ -31,7 +31,7 @@ from .errors import ChatTemplateError, OutOfMemoryError, UnsupportedModelError
 from .generate import Result, Stream
 from .models import find_model
 from .sampling import SamplingParams
-from .session import Session, check_fits
+from .session import Session, check_fits, session_options
 from .sparse import Sparse, plan_text
 from .tokenizer import Tokenizer
 
@@ -49,6 +49,7 @@ class EngineInfo:
     name: str
     weight_types: str  # of the file, most bytes first
     precision: str  # "int8" | "float"
+    kv_type: str  # what keys and values are kept as: "f16" | "int8"; "f32" with precision "float"
     device: str  # "cpu", or "cuda:0 NVIDIA H100"
     device_bytes: int  # memory of the GPU held for weights
     isa: str  # kernel column in use
@@ -103,6 +104,8 @@ class Engine:
     precision: "int8", or "float" (float32 throughout: the slow reference).
     isa: kernel column, see isa_list(). None: $AMBER_ISA, else the best.
     n_batch: rows of one prefill batch.
+    kv_type: what keys and values are kept as: "f16", or "int8" (a scale per position and head),
+        about half the memory; on the CPU, and not with precision "float", which keeps float32.
     progress: called as progress(phase, done, total), see amber.Progress; a true result cancels.
     log: called as log(level, text); None: the logger "amber" of `logging`.
     device: "cpu", "cuda" (the first NVIDIA GPU that can be used), "cuda:N", or "auto": a GPU where
@@ -136,6 +139,7 @@ class Engine:
         precision: str = "int8",
         isa: str | None = None,
         n_batch: int | None = None,
+        kv_type: str = "f16",
         progress: Progress | None = None,
         log: Log | None = None,
         device: str | None = None,
@@ -166,7 +170,7 @@ class Engine:
             raise
         weakref.finalize(self, self._handle.free).atexit = False
 
-        self._progress, self._n_batch = progress, n_batch
+        self._progress, self._n_batch, self._kv_type = progress, n_batch, kv_type
         self.tokenizer = Tokenizer._of_engine(self._handle)
         self._choose_template(chat_template)
         c_info = new_struct("amber_engine_info")
@@ -181,11 +185,12 @@ class Engine:
         self._n_ctx = c_info.n_ctx_train if n_ctx == 0 else n_ctx
         # Sessions for generate() and kin, kept for their prefix. They see the engine through a
         # proxy: a cycle would hold its memory until the collector comes by.
-        self._idle = [Session(weakref.proxy(self), self._n_ctx, n_batch, progress)]
+        self._idle = [self._new_session()]
         stats = self._idle[0].stats
         facts = struct_fields(c_info) | {
             "path": self.path,
             "precision": precision,
+            "kv_type": "f32" if precision == "float" else kv_type,
             "has_chat_template": self.chat_template is not None,
             "work": work,
             "matrices": matrices,
@@ -345,11 +350,13 @@ class Engine:
         n_batch: int | None = None,
         progress: Progress | None = None,
         tap: Tap | None = None,
+        kv_type: str | None = None,
     ) -> Session:
         """A timeline of its own, with this engine's settings where nothing is said."""
         return Session(
-            self, n_ctx or self._n_ctx, n_batch or self._n_batch, progress or self._progress, tap
-        )
+            self, n_ctx or self._n_ctx, n_batch or self._n_batch, progress or self._progress, tap,
+            kv_type or self._kv_type,
+        )  # fmt: skip
 
     def save_session(self, path: str | os.PathLike) -> None:
         """Writes what generate() and kin last held, prompt and answer, to a file: Session.save."""
@@ -363,13 +370,18 @@ class Engine:
         with self._lease() as session:
             return session.load(path)
 
+    def _new_session(self) -> Session:
+        return Session(
+            weakref.proxy(self), self._n_ctx, self._n_batch, self._progress, kv_type=self._kv_type
+        )
+
     @contextmanager
     def _lease(self) -> Iterator[Session]:
         """A session for one answer: an idle one, a new one where all are at work."""
         try:
             session = self._idle.pop()
         except IndexError:
-            session = Session(weakref.proxy(self), self._n_ctx, self._n_batch, self._progress)
+            session = self._new_session()
         try:
             yield session
         finally:
@@ -497,13 +509,15 @@ def memory_estimate(
     precision: str = "int8",
     sparse: Sparse = "auto",
     evaluation: bool = False,
+    kv_type: str = "f16",
 ) -> MemoryEstimate:
     """What a model would take, from the head of its file. Errors: as Engine."""
     options, _keep = _options(precision, None, None, plan_text(sparse))
     options.evaluation = evaluation
     memory, err = new_struct("amber_memory"), ffi.new("amber_error *")
     raw = os.fsencode(find_model(path))
-    check(lib.amber_memory_estimate(raw, options, n_ctx or 0, n_batch or 0, memory, err), err)
+    session = session_options(n_ctx, n_batch, kv_type)
+    check(lib.amber_memory_estimate(raw, options, session, memory, err), err)
     return MemoryEstimate(**struct_fields(memory))
 
 

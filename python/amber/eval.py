@@ -28,7 +28,7 @@ from .command import UsageError, run_command
 from .engine import PRECISIONS, Engine, isa_list, memory_estimate
 from .errors import AmberError
 from .models import find_model
-from .session import Session
+from .session import KV_TYPES, Session
 from .sparse import CRITERIA, MITIGATIONS, plan_text
 from .timing import PROJECTIONS, TimeModel
 
@@ -212,6 +212,12 @@ def parser() -> argparse.ArgumentParser:
         "--precision", default="int8", metavar="P[,P]", help=f"{', '.join(PRECISIONS)} (int8)"
     )
     top.add_argument(
+        "--kv-type",
+        default="f16",
+        metavar="K[,K]",
+        help=f"what keys and values are kept as: {', '.join(KV_TYPES)} (f16)",
+    )
+    top.add_argument(
         "--sparse",
         action="append",
         metavar="S",
@@ -229,8 +235,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--against",
         choices=("off", "float"),
-        help="also the distance to the same model: off: without sparsity, in the same precision; "
-        "float: in float32 without sparsity",
+        help="also the distance to the same model: off: without sparsity, in the same precision, "
+        "with keys and values in float16; float: in float32 without sparsity",
     )
     study = top.add_argument_group(
         "studies", "FILE: a name in .csv or in .png, .svg, .pdf; another name gives both"
@@ -274,8 +280,9 @@ def table_line(result: dict[str, Any]) -> str:
     sparse = "" if result["sparse"] == "off" else f"{result['sparse']}  "
     if result["plan"].startswith("weights"):
         sparse = f"{result['plan']}  "
+    kv = "KV int8  " if result["kv_type"] == "int8" else ""
     line = (
-        f"{os.path.basename(result['model']):34s} {result['precision']:5s}  {sparse}"
+        f"{os.path.basename(result['model']):34s} {result['precision']:5s}  {kv}{sparse}"
         f"perplexity {result['perplexity']:.4f} ± {result['perplexity_stderr']:.4f}"
     )
     if result["kl_mean"] is not None:
@@ -343,11 +350,12 @@ class Ruler:
 
 def measure(
     model: str, precision: str, sparse: str, text: str, args: argparse.Namespace, ruler: Ruler,
-    weights: str | None = None,
+    weights: str | None = None, kv_type: str = "f16",
 ) -> dict[str, Any]:  # fmt: skip
     """Opens a model, evaluates it, and returns the object that --json prints. weights: how its
     weights are pruned, in place of its activations."""
     common: dict[str, Any] = {"n_ctx": args.ctx, "threads": args.threads, "isa": args.isa}
+    common["kv_type"] = kv_type
     common["sparse_min_tokens"] = 0  # the plan's quality, whatever the machine gains by it
     if sparse not in ("off", "auto"):
         common |= {"criterion": args.criterion, "mitigation": args.mitigation}
@@ -383,6 +391,7 @@ def measure(
         "model": model,
         "text": args.text,
         "precision": precision,
+        "kv_type": info.kv_type,
         "plan": f"weights {weights}" if weights else sparse,
         "sparse": info.sparse,
         "coverage": coverage(plan, info) if weights else info.coverage,
@@ -547,6 +556,12 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(
                 f"--precision: expected {' or '.join(PRECISIONS)}, found {precision!r}"
             )
+    kv_types = args.kv_type.split(",")
+    for kv_type in kv_types:
+        if kv_type not in KV_TYPES:
+            raise UsageError(f"--kv-type: expected {' or '.join(KV_TYPES)}, found {kv_type!r}")
+    if args.kv_type != "f16" and (args.sensitivity or args.pareto):
+        raise UsageError("--sensitivity, --pareto: expected --kv-type f16")
     if args.ctx < 4:
         raise UsageError(f"--ctx: expected 4 or more, found {args.ctx}")
     if args.chunks < 0:
@@ -580,8 +595,8 @@ def run(args: argparse.Namespace) -> int:
             with Ruler(model, precision, args) as ruler:
                 plans = [(sparse, None) for sparse in args.sparse or ["auto"]]
                 plans += [("off", weights) for weights in args.prune_weights or ()]
-                for sparse, weights in plans:
-                    result = measure(model, precision, sparse, text, args, ruler, weights)
+                for (sparse, weights), kv_type in itertools.product(plans, kv_types):
+                    result = measure(model, precision, sparse, text, args, ruler, weights, kv_type)
                     print(json.dumps(result) if args.json else table_line(result), flush=True)
                     rows.append(result)
         if args.pareto:

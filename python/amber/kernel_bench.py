@@ -8,13 +8,14 @@ kernel   "gemm": y [rows, n_out] = x [rows, n_in] W^T in INT8, the rows of x alr
          each time, as in decode; with more rows the same W is read again and again.
          "prepare": what precedes it, `rows` rows of n_in float32 pruned, quantized and listed;
          n_out is 0. Projections that read the same input and have the same rule share it.
-         "attention": `rows` tokens behind `depth` others, 32 query heads and 8 cache heads of 64.
+         "attention": `rows` tokens behind `depth` others, 32 query heads and 8 cache heads of 64,
+         keys and values kept as `kv_type` (null for other kernels).
 seconds  of one call, the median over `repeats`; `seconds_min` is the least. With one thread the
          thread's CPU time, with several the clock.
 rate     what a call does in `unit` per second: "GMAC/s" counts what a sparse product skips as
          done, "GB/s" the bytes of W or of the cache, "G/s" elements.
-speedup  of the dense case of the same kernel, rows and shape over it, by medians; the cases that
-         are compared take turns within each repetition.
+speedup  of the dense case of the same kernel, rows and shape over it (of the first kv_type, in
+         attention), by medians; the cases that are compared take turns within each repetition.
 share_of_peak  of this machine's INT8 operations (gemm of more than 16 rows; may pass 1 where the
          product skips) or of its memory reads (gemm of fewer rows, attention of one); else null.
 threads, isa, repeats, commit, cpu   how and where it was measured.
@@ -31,9 +32,10 @@ from typing import Any
 
 from ._lib import check, ffi, lib
 from .engine import isa_list
+from .session import KV_TYPES
 
 KEYS = (
-    "kernel", "pattern", "rows", "n_out", "n_in", "depth", "threads", "isa", "seconds",
+    "kernel", "pattern", "rows", "n_out", "n_in", "depth", "kv_type", "threads", "isa", "seconds",
     "seconds_min", "rate", "unit", "speedup", "share_of_peak", "repeats", "commit", "cpu",
 )  # fmt: skip
 
@@ -56,6 +58,7 @@ class Case:
     pattern: str = "dense"
     depth: int = 0
     cold: bool = False
+    kv_type: str = "f16"  # of attention
 
     def work(self) -> tuple[float, str]:
         """What one call does, and its unit per second: GMAC, GB or G (elements)."""
@@ -67,7 +70,8 @@ class Case:
                 "GMAC/s" if many else "GB/s"
             )
         if self.rows == 1:
-            return 4 * (self.depth + 1) * KV_HEADS * HEAD_DIM / 1e9, "GB/s"
+            row = HEAD_DIM + 4 if self.kv_type == "int8" else 2 * HEAD_DIM
+            return 2 * (self.depth + 1) * KV_HEADS * row / 1e9, "GB/s"
         pairs = self.rows * self.depth + self.rows * (self.rows + 1) / 2
         return 2 * pairs * HEADS * HEAD_DIM / 1e9, "GMAC/s"
 
@@ -82,6 +86,7 @@ class Timer:
         names = [ffi.new("char[]", text.encode()) for text in (isa, case.kernel, case.pattern)]
         described = ffi.new("amber_kernel_case *")
         described.isa, described.kernel, described.pattern = names
+        described.kv_type = KV_TYPES[case.kv_type]
         described.rows, described.n_out, described.n_in = case.rows, case.n_out, case.n_in
         described.threads, described.cold = threads, case.cold
         described.depth, described.head_dim = case.depth, HEAD_DIM
@@ -125,6 +130,7 @@ def groups(
     depths: Sequence[int],
     patterns: Sequence[str],
     shapes: Sequence[tuple[int, int]] = SHAPES,
+    kv_types: Sequence[str] = ("f16",),
 ) -> list[list[Case]]:
     """Cases that are measured together; the first of a group is its dense one."""
     found = []
@@ -135,7 +141,11 @@ def groups(
         for n_in in sorted({n_in for _, n_in in shapes}):
             found.append([Case("prepare", r, 0, n_in, p) for p in patterns])
     for depth in depths:
-        found += [[Case("attention", r, depth=depth)] for r in (1, *rows) if depth or r > 1]
+        found += [
+            [Case("attention", r, depth=depth, kv_type=kv_type) for kv_type in kv_types]
+            for r in (1, *rows)
+            if depth or r > 1
+        ]
     return found
 
 
@@ -156,7 +166,9 @@ def measure_group(
             share = 2e9 * amount / middle / ops
         yield {
             "kernel": case.kernel, "pattern": case.pattern, "rows": case.rows,
-            "n_out": case.n_out, "n_in": case.n_in, "depth": case.depth, "threads": threads,
+            "n_out": case.n_out, "n_in": case.n_in, "depth": case.depth,
+            "kv_type": case.kv_type if case.kernel == "attention" else None,
+            "threads": threads,
             "isa": isa, "seconds": middle, "seconds_min": min(found), "rate": amount / middle,
             "unit": unit, "speedup": dense / middle, "share_of_peak": share, "repeats": repeats,
         }  # fmt: skip
@@ -170,7 +182,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     for r in rows:
         shape = f"{r['n_out']} x {r['n_in']}" if r["n_out"] else f"{r['n_in']}"
         if r["kernel"] == "attention":
-            shape = f"{HEADS}/{KV_HEADS} x {HEAD_DIM} @ {r['depth']}"
+            shape = f"{HEADS}/{KV_HEADS} x {HEAD_DIM} @ {r['depth']} {r['kv_type']}"
         share = r["share_of_peak"]
         cells = [
             r["kernel"], r["pattern"], str(r["rows"]), shape, r["isa"], str(r["threads"]),

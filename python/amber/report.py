@@ -67,7 +67,7 @@ def info_lines(engine: Engine) -> list[str]:
         f"weights       {info.weight_types} -> {info.precision}",
         f"context       {info.n_ctx} (trained {info.n_ctx_train}{window})",
         f"device        {info.device}, {info.isa}, {info.threads} threads",
-        f"memory        weights {weights}, KV cache {mib(info.kv_bytes)}, "
+        f"memory        weights {weights}, KV cache {mib(info.kv_bytes)} of {info.kv_type}, "
         f"scratch {mib(info.scratch_bytes)}, file {mib(info.file_bytes)}",
         f"sparse        {sparse_line(info) if info.coverage else 'off'}",
         f"chat template {template_line(engine)}",
@@ -102,6 +102,7 @@ def result_json(engine: Engine, result: Result) -> dict[str, Any]:
     return {
         "model": info.path,
         "precision": info.precision,
+        "kv_type": info.kv_type,
         "device": info.device,
         "isa": info.isa,
         "threads": info.threads,

@@ -26,11 +26,14 @@ from .sampling import Sampler, SamplingParams
 if TYPE_CHECKING:
     from .engine import Engine, Prompt
 
+KV_TYPES = {"f16": lib.AMBER_KV_F16, "int8": lib.AMBER_KV_INT8}
+
 
 class Session:
     """Holds up to n_ctx tokens. Every call takes the whole prompt; what the session already holds
     of it is not computed again. For one thread at a time.
 
+    kv_type: "f16" (float32 with precision "float") or "int8", see Engine.
     tap: sees what the linear layers read in prefill, see amber.Tap; the engine must not be used
         from inside it.
 
@@ -44,14 +47,14 @@ class Session:
         n_batch: int | None = None,
         progress: Progress | None = None,
         tap: Tap | None = None,
+        kv_type: str = "f16",
     ) -> None:
         self.engine = engine
         self._handle = engine._handle
         self._callbacks = callbacks = Callbacks(progress, tap=tap)
         self._lock = threading.Lock()
         self._owner: object = None  # the Stream that may go on
-        options = new_struct("amber_session_options", lib.amber_session_options_defaults)
-        options.n_ctx, options.n_batch = n_ctx or 0, n_batch or 0
+        options = session_options(n_ctx, n_batch, kv_type)
         options.progress, options.progress_user = lib.amber_py_progress, callbacks.handle
         if tap is not None:
             options.tap, options.tap_user = lib.amber_py_tap, callbacks.handle
@@ -253,6 +256,16 @@ class Session:
     def _sample(self, sampler: Sampler) -> int:
         with self._use() as pointer:
             return sampler.sample(lib.amber_session_logits(pointer))
+
+
+def session_options(n_ctx: int | None, n_batch: int | None, kv_type: str) -> Any:
+    """amber_session_options. ValueError for an unknown kv_type."""
+    if kv_type not in KV_TYPES:
+        raise ValueError(f"kv_type: expected {' or '.join(KV_TYPES)}, found {kv_type!r}")
+    options = new_struct("amber_session_options", lib.amber_session_options_defaults)
+    options.n_ctx, options.n_batch = n_ctx or 0, n_batch or 0
+    options.kv_type = KV_TYPES[kv_type]
+    return options
 
 
 def check_fits(tokens: Sequence[int], n_ctx: int, kv_bytes: int) -> None:
