@@ -12,6 +12,7 @@ from amber import chat
 from amber.channels import AnswerText, without_thoughts
 from amber.chat import ChatTemplate, Thinking, apply_template, fold_system
 from amber.chat_families import FAMILIES, recognize
+from amber.cli import chat_prompt
 from gguf_bytes import BOOL, F32, I32, STRING, Image
 
 EXPECTED = json.loads((maker.FOLDER / "expected.json").read_text(encoding="utf-8"))
@@ -193,6 +194,29 @@ HOSTILE = {
     "{% for i in range(99999) %}{% set x = range(99999) | sum %}{% endfor %}",
     "format width": "{{ '%099999999999d' % 1 }}",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__ }}",
+        "{{ messages['__class__'] }}",
+        "{{ messages | attr('__class__') }}",
+        "{{ [1] | map(attribute='__class__') | list }}",
+        "{{ [1] | map('attr', '__class__') | list }}",
+        "{{ [1] | selectattr('__class__') | list }}",
+        "{{ [1] | groupby('__class__') }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ joiner.__init__ }}",
+        "{% if ''.join.__class__ is defined %}a{% endif %}",
+        "{% for x in [1] %}{{ loop._iterator }}{% endfor %}",
+        "{{ (messages | map('list')).gi_frame }}",
+        "{{ joiner.mro }}",
+    ],
+)
+def test_inner_attributes_are_refused(template):
+    with pytest.raises(amber.ChatTemplateError, match="line 1: access to attribute '.*' .* unsafe"):
+        ChatTemplate(template).render(messages=[{"role": "user", "content": "a"}])
 
 
 HARMLESS = {"long chain": "50001", "deep nesting": "1"}
@@ -386,6 +410,28 @@ def test_system_message_is_folded():
     assert folded[0] == {"role": "user", "content": "Be brief.\n\n" + MESSAGES[1]["content"]}
     assert folded[1:] == MESSAGES[2:]
     assert fold_system(MESSAGES[1:]) is None and fold_system(MESSAGES[:1]) is None
+
+
+def test_system_message_is_folded_once(monkeypatch):
+    """A template that refuses the role is asked again; not so one that takes too long."""
+    monkeypatch.setattr(chat, "SECONDS", 0.5)
+    asked = []
+
+    class Engine:
+        def __init__(self, template):
+            self.template = template
+
+        def apply_chat_template(self, messages, **variables):
+            asked.append(messages[0]["role"])
+            return apply_template(self.template, messages, **variables)
+
+    refusing = "{{ raise_exception('no') if messages[0].role == 'system' }}" + CHATML
+    assert "Be brief.\n\nHi" in chat_prompt(Engine(refusing), MESSAGES, {})
+    assert asked == ["system", "user"]
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(amber.ChatTemplateError, match="not done after 0.5 seconds"):
+        chat_prompt(Engine(endless), MESSAGES, {})
+    assert asked == ["system", "user", "system"]
 
 
 # ---- thinking blocks ----

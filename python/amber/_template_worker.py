@@ -19,7 +19,7 @@ except ImportError:  # no such limits on this system; chat.py's deadline still h
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError, is_internal_attribute
 from jinja2.utils import Namespace
 
 NAME = "chat template"
@@ -74,10 +74,20 @@ class TemplateNamespace(Namespace):
             raise SecurityError(f"namespace: names that begin with _ are unsafe, found {name!r}")
 
 
+class Sandbox(ImmutableSandboxedEnvironment):
+    """An object's inner attributes are an error, where jinja2's sandbox takes them for undefined
+    and prints nothing. No honest template asks for them; a user should know of one that does."""
+
+    def unsafe_undefined(self, obj, attribute):
+        if attribute.startswith("_") or is_internal_attribute(obj, attribute):
+            raise SecurityError(
+                f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe"
+            )
+        return super().unsafe_undefined(obj, attribute)
+
+
 def environment():
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
-    )
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag])
     env.filters["tojson"] = to_json
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)

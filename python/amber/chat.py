@@ -25,6 +25,10 @@ MEMORY = 512 << 20  # bytes for the worker process
 MAX_CHARS = 64 << 20  # of the rendered text
 
 
+class OverLimit(ChatTemplateError):
+    """A template used up its time or memory: to try it again would be in vain."""
+
+
 class ChatTemplate:
     """A Jinja chat template as Hugging Face writes them."""
 
@@ -215,12 +219,12 @@ class _Worker:
                 return json.loads(self._read_line(monotonic() + request["seconds"]))
             except TimeoutError:
                 self.stop()
-                raise ChatTemplateError(
+                raise OverLimit(
                     f"chat template: not done after {request['seconds']:g} seconds"
                 ) from None
             except (OSError, EOFError):
                 self.stop()
-                raise ChatTemplateError(
+                raise OverLimit(
                     f"chat template: its process ended, beyond {MEMORY >> 20} MiB perhaps"
                 ) from None
             except BaseException:  # Ctrl-C: an answer would be left in the pipe

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import __version__
-from .chat import Messages, Thinking, fold_system
+from .chat import Messages, OverLimit, Thinking, fold_system
 from .chat_families import FAMILIES
 from .command import INTERRUPTED, UsageError
 from .engine import PRECISIONS, Engine, device_list, isa_list
@@ -203,8 +203,8 @@ def chat_prompt(engine: Engine, messages: Messages, variables: Mapping[str, Any]
     with its text."""
     try:
         return engine.apply_chat_template(messages, **variables)
-    except ChatTemplateError:
-        folded = fold_system(messages)
+    except ChatTemplateError as error:
+        folded = None if isinstance(error, OverLimit) else fold_system(messages)
         if folded is None:
             raise
         with contextlib.suppress(ChatTemplateError):
