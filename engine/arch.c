@@ -85,6 +85,30 @@ static const struct arch architectures[] = {
      .no_gate = true,
      .rope_halves = true},
     {.name = "deepseek"},
+    {.name = "gpt2",
+     .layer_norm = true,
+     .act = ACT_GELU,
+     .no_gate = true,
+     .positions = true,
+     .no_rope_period = 1},
+    {.name = "starcoder",
+     .layer_norm = true,
+     .act = ACT_GELU,
+     .no_gate = true,
+     .positions = true,
+     .no_rope_period = 1},
+    {.name = "gptneox",
+     .norms = NORM_PARALLEL,
+     .layer_norm = true,
+     .act = ACT_GELU_ERF,
+     .no_gate = true,
+     .rope_halves = true},
+    {.name = "falcon",
+     .norms = NORM_PARALLEL,
+     .layer_norm = true,
+     .act = ACT_GELU_ERF,
+     .no_gate = true,
+     .rope_halves = true},
     {.name = "bailingmoe"},
     {.name = "jais2", .layer_norm = true, .act = ACT_RELU2, .no_gate = true, .rope_halves = true},
     {.name = "hunyuan-dense", .rope_halves = true, .rope_first = true},
@@ -120,7 +144,8 @@ const char *arch_list(void) {
            "stablelm command-r cohere2 chatglm glm4 glm4moe ernie4_5 ernie4_5-moe exaone "
            "exaone4 hunyuan-dense hunyuan-moe internlm2 jais2 arcee nemotron dots1 minimax-m2 "
            "seed_oss deepseek bailingmoe minicpm baichuan xverse orion qwen codeshell "
-           "pangu-embedded, and of models with vision the part on text: qwen2vl qwen3vl qwen3vlmoe";
+           "pangu-embedded gpt2 starcoder gptneox falcon, and of models with vision the part on "
+           "text: qwen2vl qwen3vl qwen3vlmoe";
 }
 
 /* Integer key "<arch>.<name>"; per-layer arrays serve where all their elements agree. */
@@ -456,11 +481,15 @@ static amber_status read_shape(const struct gguf_file *file, struct shape *s, am
         if (!found && keys[i].required) return missing(file, arch, keys[i].name, err);
     }
     /* The last layers of a file may be ones that guess further tokens: they are not used. */
+    char key[128];
     int guessing = 0;
     if (get_int(file, arch, "nextn_predict_layers", 0, s->n_layer - 1, &guessing, err) < 0)
         return AMBER_ERR_FORMAT;
     s->n_layer -= guessing;
     if (s->arch->gate_counted) s->n_ff /= 2;
+    snprintf(key, sizeof key, "%s.use_parallel_residual", arch);
+    s->parallel = true;
+    if (gguf_get_bool(file, key, &s->parallel, err) < 0) return AMBER_ERR_FORMAT;
     if (s->n_layer == s->arch->alibi_layers)
         return amber_fail(err, AMBER_ERR_UNSUPPORTED,
                           "%s: a %s of %d layers has biases by distance (ALiBi) where this version "

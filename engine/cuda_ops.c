@@ -245,7 +245,8 @@ static bool begin_step(struct batch *b, const int32_t *tokens, float *logits,
     b->x = (float *)(void *)at;
     b->q = c->q;
     for (int r = 0; r < b->rows; r++)
-        model_embed(b->model, tokens[r], (float *)(void *)host + (int64_t)r * s->n_embd);
+        model_embed(b->model, tokens[r], b->pos0 + r,
+                    (float *)(void *)host + (int64_t)r * s->n_embd);
     host += 4 * rows * s->n_embd;
 
     if (decode && c->graph) {

@@ -23,7 +23,7 @@ static void layer(struct batch *b, int il, int first_out) {
     if (il == b->model->shape.n_layer - 1) b->op->keep_rows(b, first_out);
     if (b->rows == 0) return;
     b->op->attention(b, il);
-    if (w->parallel) gate_and_up(b, w, &w->attn_norm);
+    if (w->parallel) gate_and_up(b, w, &w->ffn_norm);
     b->op->prepare(b, b->attn, o, 1);
     b->op->linear_residual(b, &w->o, &w->post_attn_norm);
 

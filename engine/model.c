@@ -496,23 +496,34 @@ static amber_status load_head_norm(struct loader *ld, int il, const char *stem, 
     return load_vector(ld, name, &flat, norm->step ? n_head * head : norm->n, &norm->weight);
 }
 
+static bool has_norm(const struct loader *ld, int il, const char *name) {
+    char full[64];
+    snprintf(full, sizeof full, "blk.%d.%s.weight", il, name);
+    return gguf_find_tensor(ld->m->file, full) != NULL;
+}
+
 static amber_status load_norms(struct loader *ld, int il) {
     struct layer *layer = &ld->m->layers[il];
     const enum norm_places places = ld->m->shape.arch->norms;
     const bool pre = places != NORM_POST, post = places == NORM_POST || places == NORM_PRE_POST;
-    char stem[64], name[64];
-    const char *ffn_norm = ld->m->shape.arch->ffn_norm ? ld->m->shape.arch->ffn_norm : "ffn_norm";
-    snprintf(name, sizeof name, "blk.%d.%s.weight", il, ffn_norm);
-    layer->parallel = places == NORM_PARALLEL ||
-                      (places == NORM_PRE_OR_PARALLEL && !gguf_find_tensor(ld->m->file, name));
+    char stem[64];
+    const char *attn_norm = "attn_norm", *ffn_norm = ld->m->shape.arch->ffn_norm;
+    if (!ffn_norm) ffn_norm = "ffn_norm";
+    layer->parallel = places == NORM_PARALLEL
+                          ? ld->m->shape.parallel
+                          : places == NORM_PRE_OR_PARALLEL && !has_norm(ld, il, ffn_norm);
+    /* Falcon's larger models call the norm of the feed-forward half by the name of the other's. */
+    if (layer->parallel && has_norm(ld, il, "attn_norm_2"))
+        attn_norm = "attn_norm_2", ffn_norm = "attn_norm";
+    const bool shared = layer->parallel && !has_norm(ld, il, ffn_norm);
     const struct {
         const char *name;
         bool wanted;
         struct norm *norm;
     } norms[] = {
-        {"attn_norm", pre, &layer->attn_norm},
+        {attn_norm, pre, &layer->attn_norm},
         {"post_attention_norm", post, &layer->post_attn_norm},
-        {ffn_norm, pre && !layer->parallel, &layer->ffn_norm},
+        {ffn_norm, pre && !shared, &layer->ffn_norm},
         {"post_ffw_norm", post, &layer->post_ffn_norm},
     };
     amber_status status = AMBER_OK;
@@ -521,6 +532,7 @@ static amber_status load_norms(struct loader *ld, int il) {
         snprintf(stem, sizeof stem, "blk.%d.%s", il, norms[i].name);
         status = load_norm(ld, stem, norms[i].norm);
     }
+    if (shared) layer->ffn_norm = layer->attn_norm;
     const struct shape *s = &ld->m->shape;
     if (status == AMBER_OK)
         status = load_head_norm(ld, il, "attn_q_norm", s->n_head, &layer->q_norm);
@@ -702,6 +714,8 @@ static amber_status load_all(struct loader *ld, const char *sparse, bool evaluat
     for (uint64_t i = 0; i < m->file->n_tensors; i++)
         ld->total += (int64_t)m->file->tensors[i].size;
 
+    if (s->arch->positions)
+        status = load_floats(ld, "position_embd.weight", s->n_ctx_train, s->n_embd, &m->positions);
     for (int il = 0; il < s->n_layer && status == AMBER_OK; il++) status = load_layer(ld, il);
     if (status == AMBER_OK) status = load_norm(ld, "output_norm", &m->output_norm);
     if (status == AMBER_OK) status = load_head(ld);
@@ -747,13 +761,18 @@ static bool lies_mapped(const struct gguf_tensor *t) {
     return false;
 }
 
-/* Norms, biases and routers as the loader keeps them. */
+static bool is_positions(const struct gguf_tensor *t) {
+    static const char name[] = "position_embd.weight";
+    return t->name.len == sizeof name - 1 && memcmp(t->name.data, name, sizeof name - 1) == 0;
+}
+
+/* Norms, biases, routers and learned positions as the loader keeps them. */
 static int64_t vector_bytes(const struct gguf_file *file) {
     int64_t bytes = 0;
     for (uint64_t i = 0; i < file->n_tensors; i++) {
         const struct gguf_tensor *t = &file->tensors[i];
         const bool vectors = t->ne[1] == 1 || ends_with(t, "_exps.bias");
-        if ((vectors && !lies_mapped(t)) || ends_with(t, "_inp.weight"))
+        if ((vectors && !lies_mapped(t)) || ends_with(t, "_inp.weight") || is_positions(t))
             bytes += amber_round_up((int64_t)t->ne[0], AMBER_PANEL) * (int64_t)t->ne[1] *
                      (int64_t)sizeof(float);
     }
@@ -783,10 +802,14 @@ amber_status model_estimate(const struct gguf_file *file, bool float_weights, st
     return AMBER_OK;
 }
 
-void model_embed(const struct model *m, int32_t token, float *x) {
+void model_embed(const struct model *m, int32_t token, int position, float *x) {
     const struct type_info *type = type_info(m->embedding->type);
-    uint64_t row = type_row_bytes(m->embedding->type, (uint64_t)m->shape.n_embd);
-    type->to_float(m->embedding->data + (uint64_t)token * row, x, m->shape.n_embd);
+    const int n = m->shape.n_embd;
+    const uint64_t row = type_row_bytes(m->embedding->type, (uint64_t)n);
+    type->to_float(m->embedding->data + (uint64_t)token * row, x, n);
     if (m->shape.embed_scale != 1)
-        for (int i = 0; i < m->shape.n_embd; i++) x[i] *= m->shape.embed_scale;
+        for (int i = 0; i < n; i++) x[i] *= m->shape.embed_scale;
+    if (!m->positions) return;
+    const float *learned = m->positions + (int64_t)position * n;
+    for (int i = 0; i < n; i++) x[i] += learned[i];
 }

@@ -8,13 +8,14 @@
 #include "plan.h"
 #include "threads.h"
 
-/* Where a block normalizes: before its two halves, after them, or both. A parallel block gives both
- * halves the same normed input. */
+/* Where a block normalizes: before its two halves, after them, or both. Both halves of a parallel
+ * block read the block's input: normed once, or where the file has two norms each by its own. */
 enum norm_places { NORM_PRE, NORM_PRE_POST, NORM_POST, NORM_PARALLEL, NORM_PRE_OR_PARALLEL };
 
 /* What makes the input of the down projection from those of the gate and up ones. CLAMPED is
- * gpt-oss's SwiGLU (kernels.h), the others are f(gate) * up, or f(up) without a gate. */
-enum act_fn { ACT_SILU, ACT_GELU, ACT_RELU2, ACT_CLAMPED };
+ * gpt-oss's SwiGLU (kernels.h), the others are f(gate) * up, or f(up) without a gate. GELU is its tanh
+ * form, GELU_ERF the exact one. */
+enum act_fn { ACT_SILU, ACT_GELU, ACT_GELU_ERF, ACT_RELU2, ACT_CLAMPED };
 
 /* One row per architecture: what makes it differ from the others, as data. What a file says itself
  * (biases, norms of q and k, fused matrices, experts, most factors) needs no entry. */
@@ -26,6 +27,7 @@ struct arch {
     enum act_fn act;
     bool no_gate;         /* the feed-forward half is down(f(up(x))), else down(f(gate(x)) up(x)) */
     bool rope_halves;     /* RoPE pairs (i, i + n/2) instead of (2i, 2i+1) */
+    bool positions;       /* a learned vector per position, added to the embedding */
     int no_rope_period;   /* every so many-th layer goes without RoPE; 0: none */
     bool rope_windowed;   /* in a model with windows only windowed layers have RoPE */
     bool rope_first;      /* q and k are rotated before they are normed */
@@ -55,6 +57,7 @@ struct shape {
     uint8_t *mixture;  /* [n_layer] the feed-forward half is a mixture of experts */
     int n_expert, n_expert_used, n_ff_expert, n_ff_shared; /* 0: none */
     bool expert_norm, expert_sigmoid;
+    bool parallel;      /* blocks of NORM_PARALLEL are so */
     float expert_scale; /* of the experts' shares */
     float norm_eps;
     float attn_scale, attn_softcap, final_softcap;  /* a cap of 0: none */
@@ -126,6 +129,7 @@ struct model {
     struct gguf_file *file;
     struct shape shape;
     const struct gguf_tensor *embedding; /* [n_vocab, n_embd], any type; rows are read in place */
+    const float *positions;              /* [n_ctx_train, n_embd] added to it, or NULL */
     struct norm output_norm;             /* [n_embd] */
     struct linear output;                /* [n_vocab, n_embd]; a tied head is converted as well */
     struct layer *layers;                /* [n_layer] */
@@ -186,7 +190,8 @@ amber_status model_read_plan(const struct gguf_file *file, const struct shape *s
                              const char *sparse, bool evaluation, struct plan *plan,
                              amber_error *err);
 
-/* One embedding row as float32, scaled as the architecture wants. x [n_embd] */
-void model_embed(const struct model *model, int32_t token, float *x);
+/* One embedding row as float32, scaled as the architecture wants, with that of its position in models
+ * that learn those. x [n_embd] */
+void model_embed(const struct model *model, int32_t token, int position, float *x);
 
 #endif

@@ -16,7 +16,8 @@ static void embed_work(void *ctx, int ith, int nth) {
     int begin, end, n = job->b->model->shape.n_embd;
     amber_split(job->b->rows, 1, ith, nth, &begin, &end);
     for (int r = begin; r < end; r++)
-        model_embed(job->b->model, job->tokens[r], job->b->x + (int64_t)r * n);
+        model_embed(job->b->model, job->tokens[r], place_of(job->b, r).position,
+                    job->b->x + (int64_t)r * n);
 }
 
 static bool begin_step(struct batch *b, const int32_t *tokens, float *logits,

@@ -290,6 +290,14 @@ static void make_copy(const struct batch *b, const void *source, int r, float *r
     memcpy(row, (const float *)source + (int64_t)r * b->n_in, sizeof *row * (size_t)b->n_in);
 }
 
+/* y = GELU(gate) * up with the exact GELU (arXiv 1606.08415); up NULL: ones. */
+static void gelu_erf_mul(float *y, const float *gate, const float *up, int n) {
+    for (int i = 0; i < n; i++) {
+        const float g = 0.5f * gate[i] * (1 + erff(gate[i] * 0.70710678f));
+        y[i] = up ? g * up[i] : g;
+    }
+}
+
 static void make_activation(const struct batch *b, const void *source, int r, float *row) {
     (void)source;
     const struct arch *arch = b->model->shape.arch;
@@ -297,9 +305,8 @@ static void make_activation(const struct batch *b, const void *source, int r, fl
     const int64_t at = (int64_t)r * b->n_in;
     const float *up = b->up + at;
     void (*const functions[])(float *, const float *, const float *, int) = {
-        [ACT_SILU] = kernels->silu_mul,
-        [ACT_GELU] = kernels->gelu_mul,
-        [ACT_RELU2] = kernels->relu2_mul,
+        [ACT_SILU] = kernels->silu_mul,          [ACT_GELU] = kernels->gelu_mul,
+        [ACT_GELU_ERF] = gelu_erf_mul,           [ACT_RELU2] = kernels->relu2_mul,
         [ACT_CLAMPED] = kernels->swiglu_clamped,
     };
     if (arch->no_gate)

@@ -138,6 +138,11 @@ static amber_status set_sizes(const struct shape *s, const amber_session_options
     if (n_batch < 0 || n_batch > MAX_BATCH)
         return amber_fail(err, AMBER_ERR_ARGUMENT, "n_batch: expected 2..%d or 0, found %d",
                           MAX_BATCH, n_batch);
+    if (s->arch->positions && n_ctx > s->n_ctx_train)
+        return amber_fail(err, AMBER_ERR_ARGUMENT,
+                          "n_ctx: expected at most %d, the positions that this model has learned, "
+                          "found %d",
+                          s->n_ctx_train, n_ctx);
     b->n_ctx = n_ctx ? n_ctx : amber_min(DEFAULT_CTX, s->n_ctx_train);
     b->n_batch = (int)amber_round_up(n_batch ? n_batch : DEFAULT_BATCH, 2);
     b->n_batch = amber_min(b->n_batch, (int)amber_round_up(b->n_ctx, 2));

@@ -71,6 +71,13 @@ INT8_KL = {
     "jais2": (0.002, 0.005),
     "dots1": (0.02, 0.2),
     "minimax-m2": (0.04, 0.03),
+    "granite-hybrid": (0.001, 0.001),
+    "gpt2": (0.006, 0.02),
+    "starcoder": (0.004, 0.04),
+    "gptneox": (0.001, 0.004),
+    "gptneox-serial": (0.001, 0.01),
+    "falcon": (0.006, 0.03),
+    "falcon-40b": (0.005, 0.02),
     "qwen2vl": (0.003, 0.06),
     "qwen3vl": (0.002, 0.05),
     "qwen3vlmoe": (0.06, 0.05),
@@ -192,6 +199,9 @@ def altered(
         ("phi3", {"keys": {"feed_forward_length": 95}}, ["blk.0.ffn_gate", "not found"]),
         ("starcoder2", {"without": "output_norm.weight"}, ["output_norm.weight"]),
         ("stablelm", {"keys": {"attention.layer_norm_epsilon": "x"}}, ["layer_norm_epsilon"]),
+        ("gpt2", {"without": "position_embd.weight"}, ["position_embd.weight", "not found"]),
+        ("gpt2", {"keys": {"context_length": 512}}, ["position_embd.weight", "64 x 512"]),
+        ("gptneox-serial", {"without": "blk.1.ffn_norm.weight"}, ["blk.1.ffn_norm", "not found"]),
         ("llama", {"arch": "minicpm"}, ["minicpm.embedding_scale", "incomplete"]),
         ("llama", {"arch": "baichuan", "keys": {"block_count": 40}}, ["40 layers", "ALiBi"]),
     ],
@@ -238,6 +248,17 @@ def test_architectures_are_listed(tmp_path: Path) -> None:
     listed = re.sub(r"\(.*?\)|, and of models with vision the part on text:", "",
                     str(caught.value).split("runs: ")[1])  # fmt: skip
     assert set(listed.split()) == {case.arch for case in maker.CASES.values()} | set(SAME)
+
+
+def test_context_beyond_learned_positions() -> None:
+    """The table of positions ends where the context does."""
+    with amber.Engine(GOLDEN / "gpt2.gguf") as engine:
+        assert engine.info.n_ctx_train == 256
+        tokens = [5] * 256
+        with engine.session(n_ctx=256) as session:
+            session.sync(tokens)
+    with pytest.raises(amber.ArgumentError, match="n_ctx: expected at most 256.*found 257"):
+        amber.Engine(GOLDEN / "gpt2.gguf", n_ctx=257)
 
 
 def test_unknown_architecture(tmp_path: Path) -> None:

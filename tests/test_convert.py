@@ -455,6 +455,45 @@ PUBLISHED: dict[str, tuple[str, dict, dict]] = {
         "num_attention_heads": 32, "num_hidden_layers": 24, "num_key_value_heads": 32,
         "partial_rotary_factor": 0.25, "rope_theta": 10000, "use_parallel_residual": False,
     }, {"rope.dimension_count": 16, "use_parallel_residual": False}),
+    "gpt2": ("gpt2", {
+        "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "n_ctx": 1024,
+        "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+        "layer_norm_epsilon": 1e-5,
+    }, {"context_length": 1024, "embedding_length": 768, "block_count": 12,
+        "feed_forward_length": 3072, "attention.head_count": 12, "attention.head_count_kv": 12,
+        "attention.layer_norm_epsilon": 1e-5}),
+    "starcoderbase-1b": ("starcoder", {
+        "architectures": ["GPTBigCodeForCausalLM"], "activation_function": "gelu_pytorch_tanh",
+        "layer_norm_epsilon": 1e-5, "multi_query": True, "n_embd": 2048, "n_head": 16,
+        "n_inner": 8192, "n_layer": 24, "n_positions": 8192, "scale_attn_weights": True,
+    }, {"context_length": 8192, "feed_forward_length": 8192, "attention.head_count_kv": 1}),
+    "pythia-160m": ("gptneox", {
+        "architectures": ["GPTNeoXForCausalLM"], "hidden_act": "gelu", "hidden_size": 768,
+        "intermediate_size": 3072, "layer_norm_eps": 1e-5, "max_position_embeddings": 2048,
+        "num_attention_heads": 12, "num_hidden_layers": 12, "rotary_emb_base": 10000,
+        "rotary_pct": 0.25, "tie_word_embeddings": False, "use_parallel_residual": True,
+    }, {"rope.dimension_count": 16, "rope.freq_base": 10000.0, "use_parallel_residual": True}),
+    "falcon-7b": ("falcon", {
+        "architectures": ["FalconForCausalLM"], "alibi": False, "bias": False,
+        "hidden_size": 4544, "layer_norm_epsilon": 1e-5, "multi_query": True,
+        "new_decoder_architecture": False, "num_attention_heads": 71, "num_hidden_layers": 32,
+        "parallel_attn": True,
+    }, {"context_length": 2048, "feed_forward_length": 18176, "attention.head_count_kv": 1}),
+    "falcon-40b": ("falcon", {
+        "architectures": ["FalconForCausalLM"], "alibi": False, "bias": False,
+        "hidden_size": 8192, "layer_norm_epsilon": 1e-5, "new_decoder_architecture": True,
+        "num_attention_heads": 128, "num_hidden_layers": 60, "num_kv_heads": 8,
+        "parallel_attn": True,
+    }, {"feed_forward_length": 32768, "attention.head_count_kv": 8}),
+    "granite-4.0-micro": ("granite", {
+        "architectures": ["GraniteMoeHybridForCausalLM"], "hidden_act": "silu",
+        "hidden_size": 2560, "intermediate_size": 8192, "shared_intermediate_size": 8192,
+        "layer_types": ["attention"] * 40, "max_position_embeddings": 131072,
+        "num_attention_heads": 40, "num_hidden_layers": 40, "num_key_value_heads": 8,
+        "num_local_experts": 0, "num_experts_per_tok": 0, "position_embedding_type": "rope",
+        "rms_norm_eps": 1e-5, "rope_theta": 10000000, "attention_multiplier": 0.015625,
+        "embedding_multiplier": 12, "residual_multiplier": 0.22, "logits_scaling": 10,
+    }, {"feed_forward_length": 8192, "attention.scale": 0.015625, "logit_scale": 10.0}),
     "Phi-3-mini-128k": ("phi3", {
         "architectures": ["Phi3ForCausalLM"], "hidden_act": "silu", "hidden_size": 3072,
         "intermediate_size": 8192, "max_position_embeddings": 131072, "num_attention_heads": 32,
@@ -640,6 +679,34 @@ def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
     write_json(folder / "config.json", config)
     with pytest.raises(amber.UnsupportedModelError, match="quantization_config 'fp8'"):
         write_gguf(folder, out)
+
+
+def test_gpt2_without_its_prefix(tmp_path: Path) -> None:
+    """GPT-2's first folders name tensors without "transformer.", and carry the causal masks."""
+    rng = np.random.default_rng(3)
+    shapes = {
+        "wte": (40, 32), "wpe": (16, 32), "ln_f": (32,), "h.0.ln_1": (32,), "h.0.ln_2": (32,),
+        "h.0.attn.c_attn": (32, 96), "h.0.attn.c_proj": (32, 32), "h.0.mlp.c_fc": (32, 128),
+        "h.0.mlp.c_proj": (128, 32),
+    }  # fmt: skip
+    made = {f"{n}.weight": rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    made |= {f"{n}.bias": made[f"{n}.weight"][-1].copy() for n in shapes if "attn" in n}
+    config = {"architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_head": 2, "n_layer": 1,
+              "n_positions": 16, "layer_norm_epsilon": 1e-5}  # fmt: skip
+    masks = {"h.0.attn.bias": np.ones((1, 1, 16, 16), np.float32),
+             "h.0.attn.masked_bias": np.array([-1e4], np.float32)}  # fmt: skip
+    folder, results = tmp_path / "gpt2", []
+    folder.mkdir()
+    write_json(folder / "config.json", config)
+    for tensors in (made | masks, {f"transformer.{n}": v for n, v in made.items()}):
+        write_safetensors(folder / "model.safetensors", tensors)
+        write_gguf(folder, tmp_path / "out.gguf", "f32", synthetic_vocab=True)
+        results.append(contents(tmp_path / "out.gguf")[1])
+    assert len(results[0]) == len(made)
+    assert np.array_equal(results[0]["blk.0.attn_qkv.weight"], made["h.0.attn.c_attn.weight"].T)
+    assert np.array_equal(results[0]["position_embd.weight"], made["wpe.weight"])
+    for name, values in results[0].items():
+        assert np.array_equal(values, results[1][name]), name
 
 
 def test_norms_of_gemma_hold_one_more(tmp_path: Path) -> None:
@@ -890,6 +957,14 @@ def test_bad_tokenizers(tmp_path: Path, change: Any, words: str) -> None:
         ({"rope_scaling": {"type": "longrope"}}, amber.FileFormatError, "_factor"),
         ({"sliding_window": 8, "layer_types": ["sliding_attention"] * 2},
          amber.FileFormatError, "layer_types"),
+        ({"architectures": ["GraniteMoeHybridForCausalLM"], "layer_types": ["attention", "mamba"]},
+         amber.UnsupportedModelError, "layer_types: 'mamba'"),
+        ({"architectures": ["GraniteMoeHybridForCausalLM"], "num_local_experts": 62},
+         amber.UnsupportedModelError, "num_local_experts 62"),
+        ({"architectures": ["FalconForCausalLM"], "alibi": True}, amber.UnsupportedModelError,
+         "alibi True: falcon needs False"),
+        ({"architectures": ["GPTNeoXForCausalLM"], "hidden_act": "gelu_fast"},
+         amber.UnsupportedModelError, "gelu_fast"),
     ],
 )  # fmt: skip
 def test_bad_configurations(

@@ -202,6 +202,25 @@ CASES = {
     "minimax-m2": Case("minimax-m2", "MiniMaxM2Config", "gpt-4o", {
         "head_dim": 32, "num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32,
         "rope_parameters": rope(theta=5e6, partial_rotary_factor=0.5)}),
+    "granite-hybrid": Case("granite", "GraniteMoeHybridConfig", "starcoder", {
+        "attention_multiplier": 0.4, "embedding_multiplier": 6.0, "residual_multiplier": 0.3,
+        "logits_scaling": 4.0, "tie_word_embeddings": True, "num_local_experts": 0,
+        "shared_intermediate_size": 96, "layer_types": ["attention"] * 2,
+        "position_embedding_type": "rope", "rope_parameters": rope()}),
+    "gpt2": Case("gpt2", "GPT2Config", "gpt-2", {"n_inner": 96, "num_key_value_heads": 4}),
+    "starcoder": Case("starcoder", "GPTBigCodeConfig", "starcoder", {
+        "n_inner": 96, "num_key_value_heads": 1}),
+    "gptneox": Case("gptneox", "GPTNeoXConfig", "gpt-2", {
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+        "rope_parameters": rope(partial_rotary_factor=0.25)}),
+    "gptneox-serial": Case("gptneox", "GPTNeoXConfig", "gpt-2", {
+        "num_attention_heads": 2, "num_key_value_heads": 2, "use_parallel_residual": False,
+        "rope_parameters": rope(partial_rotary_factor=0.5)}),
+    "falcon": Case("falcon", "FalconConfig", "falcon", {
+        "ffn_hidden_size": 96, "rope_parameters": rope()}),
+    "falcon-40b": Case("falcon", "FalconConfig", "falcon", {
+        "ffn_hidden_size": 96, "new_decoder_architecture": True, "num_kv_heads": 2,
+        "rope_parameters": rope()}),
     "qwen2vl": Case("qwen2vl", "Qwen2VLConfig", "qwen2", {
         "rope_parameters": rope(theta=1e6, mrope_section=[2, 3, 3]),
         "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}}),
@@ -260,10 +279,13 @@ def pre_tokenizer(name: str) -> dict[str, Any]:
         "qwen2": [split(words + r"\p{N}" + rest)],
         "gpt-4o": [split(cased + r"\p{N}{1,3}" + rest.replace(r"[\r\n]*", r"[\r\n/]*", 1))],
         "starcoder": [{"type": "Digits", "individual_digits": True}],
+        "gpt-2": [],
+        "falcon": [{"type": "Punctuation", "behavior": "Contiguous"}],
     }[name]
     last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-            "use_regex": name == "starcoder"}  # fmt: skip
-    return {"type": "Sequence", "pretokenizers": [*steps, last]}
+            "use_regex": name in ("starcoder", "gpt-2", "falcon")}  # fmt: skip
+    digits = [split("[0-9][0-9][0-9]")] if name == "falcon" else []
+    return {"type": "Sequence", "pretokenizers": [*steps, last, *digits]}
 
 
 def write_bpe(folder: Path, name: str) -> None:
@@ -343,6 +365,7 @@ def round_to_q8_0(values: np.ndarray) -> np.ndarray:
     return gguf.quants.dequantize(stored, kind).reshape(values.shape)
 
 
+EMBEDDINGS = ("embed_tokens", ".wte.", ".wpe.", "embed_in", "word_embeddings")
 ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight", "router.weight", "gate.wg.weight")
 
 
@@ -356,26 +379,30 @@ def fill(model: Any, seed: int, kind: str) -> None:
     biases = [(n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")]
     for name, parameter in sorted([*model.named_parameters(), *biases]):
         shape = tuple(parameter.shape)
-        turned = "GptOss" in kind_of and len(shape) == 3  # inputs by outputs
+        conv = "GPT2" in kind_of and ".h." in name and len(shape) == 2
+        turned = conv or ("GptOss" in kind_of and len(shape) == 3)  # inputs by outputs
         if turned:
-            shape = (shape[0], shape[2], shape[1])
-        if "norm" in name and name.endswith("weight"):
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        norm = "norm" in name or ".ln_" in name
+        if norm and name.endswith("weight"):
             values = rng.uniform(0.5, 1.5, shape) - plus_one
         elif name.endswith("bias"):
             values = rng.normal(0, 0.2, shape)
-        elif "embed_tokens" in name:
+        elif any(part in name for part in EMBEDDINGS):
             grown = "Gemma" in kind_of or "Granite" in kind_of
             values = rng.normal(0, 0.125 if grown else 1, shape)
         elif name.endswith("sinks"):
             values = rng.normal(0, 1.5, shape)
         else:
             router = name.endswith(ROUTERS)
-            size = 1.0 if router else 4.0 if turned else 1.4  # large enough for gpt-oss's clamps
+            size = (
+                1.0 if router else 4.0 if len(shape) == 3 and turned else 1.4
+            )  # large enough for gpt-oss's clamps
             values = rng.normal(0, size / np.sqrt(shape[-1]), shape)
         values = values.astype(np.float32)
-        whole = kind == "f32" or "norm" in name or "gate.weight" in name
+        whole = kind == "f32" or norm or ".wpe." in name or "gate.weight" in name
         kept = values if whole else round_to_q8_0(values)
-        parameter.data.copy_(torch.from_numpy(kept.swapaxes(1, 2) if turned else kept))
+        parameter.data.copy_(torch.from_numpy(kept.swapaxes(-2, -1) if turned else kept))
 
 
 def build(name: str, seed: int = 0) -> Any:
@@ -435,21 +462,26 @@ def prune(x: Any, n: int, m: int) -> Any:
     return torch.where(rank < n, groups, 0).reshape(x.shape)
 
 
-def _pruned_linear(module: Any, pattern: tuple[int, int], first: int) -> Callable:
-    """A linear layer whose first outputs read pruned inputs."""
-    from torch.nn.functional import linear
+def _pruned_linear(module: Any, pattern: tuple[int, int], outputs: Any) -> Callable:
+    """A linear layer some of whose outputs (an index) read pruned inputs."""
+    dense = type(module).forward
 
     def forward(x: Any) -> Any:
-        import torch
-
-        bias = module.bias
-        parts = [
-            linear(z, module.weight[s], None if bias is None else bias[s])
-            for z, s in ((prune(x, *pattern), slice(0, first)), (x, slice(first, None)))
-        ]
-        return torch.cat(parts, dim=-1)
+        y = dense(module, x)
+        y[..., outputs] = dense(module, prune(x, *pattern))[..., outputs]
+        return y
 
     return forward
+
+
+def _queries(config: Any, n_out: int) -> np.ndarray:
+    """Which outputs of a query_key_value matrix are queries: those that share a key stand before
+    it and its value."""
+    heads, kv = config.num_attention_heads, config.num_attention_heads
+    if config.model_type == "falcon":
+        kv = config.num_kv_heads if config.new_decoder_architecture else 1
+    place = np.arange(n_out) // (n_out // (heads + 2 * kv))  # of the head
+    return np.flatnonzero(place % (heads // kv + 2) < heads // kv)
 
 
 def _pruned_experts(module: Any, pattern: tuple[int, int]) -> Callable:
@@ -497,24 +529,30 @@ def _pruned_turned_experts(module: Any, pattern: tuple[int, int]) -> Callable:
     return forward
 
 
+# Linear layers all of whose outputs read pruned inputs.
+WHOLE = ("q_proj", "gate_proj", "down_proj", "fc2", "dense_4h_to_h", "output_linear")
+
+
 @contextmanager
 def pruned(model: Any, pattern: tuple[int, int]) -> Iterator[None]:
     """Inputs of q, gate and down pruned, as arXiv 2508.02128 advises; of the experts of a
     mixture as well. A feed-forward without a gate has down alone."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
     changed = []
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]
         if leaf == "experts":
             turned = hasattr(module, "gate_up_proj_bias")
             new = (_pruned_turned_experts if turned else _pruned_experts)(module, pattern)
-        elif leaf in ("q_proj", "gate_proj", "down_proj", "c_proj", "fc2"):
-            new = _pruned_linear(module, pattern, module.weight.shape[0])
-        elif leaf == "qkv_proj":
-            new = _pruned_linear(module, pattern, heads * (config.hidden_size // heads))
-        elif leaf == "gate_up_proj":
-            new = _pruned_linear(module, pattern, module.weight.shape[0] // 2)
+        elif leaf in WHOLE or name.endswith("mlp.c_proj"):
+            new = _pruned_linear(module, pattern, slice(None))
+        elif leaf in ("qkv_proj", "c_attn"):
+            new = _pruned_linear(module, pattern, slice(config.hidden_size))
+        elif leaf == "query_key_value":
+            queries = _queries(config, module.weight.shape[0])
+            new = _pruned_linear(module, pattern, queries)
+        elif leaf in ("gate_up_proj", "input_linear"):
+            new = _pruned_linear(module, pattern, slice(module.weight.shape[0] // 2))
         else:
             continue
         module.forward = new

@@ -14,9 +14,10 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from .architectures import ARCHITECTURES, Architecture
 from .convert_tokenizer import read_vocabulary, synthetic_vocabulary
 from .errors import AmberError, ArgumentError, FileFormatError, UnsupportedModelError
 from .mxfp4 import Packed, unpacked
@@ -32,164 +33,22 @@ TYPES = ("auto", "f32", "f16", "bf16", "q8_0")  # auto: every tensor as it is st
 Progress = Callable[[int, int], Any]  # (bytes written, bytes in all)
 
 
-SILU = frozenset({"silu", "swish"})
-# The tanh form of GELU; "gelu" in the first Gemma's files means that one too.
-GELU = frozenset({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
-GEMMA = GELU | {"gelu"}
-RELU2 = frozenset({"relu2"})
-TIED = {"tie_word_embeddings": True}
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """What an architecture needs beside names and keys."""
-
-    name: str  # general.architecture
-    classes: tuple[str, ...]  # of config.json's "architectures"
-    # The file pairs RoPE's channels (2i, 2i + 1) where Hugging Face pairs (i, i + n/2): the rows
-    # of Q and K change places.
-    permuted: bool = False
-    norm_plus_one: bool = False  # a norm's weight w stands for 1 + w
-    layer_norm: bool = False  # LayerNorm in place of RMSNorm
-    # With a sliding window in config.json: 1 where all layers have it, n where every nth layer sees
-    # everything; 0 where readers know of no window.
-    window_period: int = 0
-    rope_every: int = 0  # every nth layer has no RoPE
-    experts: bool = False
-    expert_sigmoid: bool = False  # routers give sigmoids
-    # Where experts are stored as inputs by outputs, how gate and up share a matrix: "halves", or
-    # output by output in "turns".
-    turned_experts: str = ""
-    yarn_exact: bool = False  # YaRN's ramp is not rounded to whole pairs of channels
-    # What "hidden_act" may be: another activation is another model.
-    activations: frozenset[str] = SILU
-    # Values of transformers' configuration class that config.json may leave out.
-    defaults: "Mapping[str, Any]" = field(default_factory=dict)
-
-
-ARCHITECTURES = (
-    Architecture(
-        "llama",
-        (
-            "LlamaForCausalLM",
-            "LLaMAForCausalLM",
-            "MistralForCausalLM",
-            "MinistralForCausalLM",
-            "MixtralForCausalLM",
-            "Mistral3ForConditionalGeneration",
-        ),
-        permuted=True,
-        experts=True,
-        window_period=1,
-    ),
-    Architecture(
-        "mistral3",
-        ("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"),
-        permuted=True,
-        window_period=1,
-    ),
-    Architecture("qwen2", ("Qwen2ForCausalLM",)),
-    Architecture(
-        "qwen2vl", ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-    ),
-    Architecture("qwen3vl", ("Qwen3VLForConditionalGeneration",)),
-    Architecture(
-        "qwen3vlmoe",
-        ("Qwen3VLMoeForConditionalGeneration",),
-        experts=True,
-        turned_experts="halves",
-    ),
-    Architecture("qwen2moe", ("Qwen2MoeForCausalLM",), experts=True),
-    Architecture("qwen3", ("Qwen3ForCausalLM",)),
-    Architecture("qwen3moe", ("Qwen3MoeForCausalLM",), experts=True),
-    Architecture(
-        "gemma", ("GemmaForCausalLM",), norm_plus_one=True, activations=GEMMA, defaults=TIED
-    ),
-    Architecture(
-        "gemma2",
-        ("Gemma2ForCausalLM",),
-        norm_plus_one=True,
-        window_period=2,
-        activations=GEMMA,
-        defaults=TIED,
-    ),
-    Architecture(
-        "gemma3",
-        ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-        norm_plus_one=True,
-        window_period=6,
-        activations=GEMMA,
-        defaults={
-            **TIED,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-6,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
-            "rope_theta": 1e6,
-            "rope_local_base_freq": 1e4,
-        },
-    ),
-    Architecture("phi3", ("Phi3ForCausalLM",), window_period=1),
-    Architecture("smollm3", ("SmolLM3ForCausalLM",), permuted=True, rope_every=4),
-    Architecture("olmo2", ("Olmo2ForCausalLM", "Olmo3ForCausalLM"), window_period=4),
-    Architecture("olmoe", ("OlmoeForCausalLM",), experts=True),
-    Architecture("granite", ("GraniteForCausalLM",), permuted=True),
-    Architecture("granitemoe", ("GraniteMoeForCausalLM",), permuted=True, experts=True),
-    Architecture(
-        "starcoder2",
-        ("Starcoder2ForCausalLM",),
-        layer_norm=True,
-        window_period=1,
-        activations=GELU,
-        defaults=TIED,
-    ),
-    Architecture("stablelm", ("StableLmForCausalLM",), layer_norm=True),
-    Architecture("phi2", ("PhiForCausalLM",), layer_norm=True, activations=GELU),
-    # These pair channels (2i, 2i + 1) in Hugging Face too.
-    Architecture("command-r", ("CohereForCausalLM",), layer_norm=True, defaults=TIED),
-    Architecture(
-        "cohere2", ("Cohere2ForCausalLM",), layer_norm=True, window_period=4, defaults=TIED
-    ),
-    Architecture("chatglm", ("GlmForCausalLM",)),
-    Architecture("glm4", ("Glm4ForCausalLM",)),
-    Architecture("glm4moe", ("Glm4MoeForCausalLM",), experts=True, expert_sigmoid=True),
-    Architecture("ernie4_5", ("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM")),
-    Architecture("ernie4_5-moe", ("Ernie4_5_MoeForCausalLM",), experts=True, defaults=TIED),
-    Architecture(
-        "gpt-oss",
-        ("GptOssForCausalLM",),
-        window_period=2,
-        experts=True,
-        turned_experts="turns",
-        yarn_exact=True,
-    ),
-    Architecture("exaone", ("ExaoneForCausalLM",)),
-    Architecture("jais2", ("Jais2ForCausalLM",), layer_norm=True, activations=RELU2),
-    Architecture("exaone4", ("Exaone4ForCausalLM",), window_period=4),
-    Architecture("hunyuan-dense", ("HunYuanDenseV1ForCausalLM",)),
-    Architecture(
-        "hunyuan-moe",
-        ("HunYuanMoEV1ForCausalLM",),
-        experts=True,
-        defaults={"num_shared_expert": 1},
-    ),
-    Architecture("arcee", ("ArceeForCausalLM",), permuted=True, activations=RELU2),
-    Architecture(
-        "nemotron",
-        ("NemotronForCausalLM",),
-        layer_norm=True,
-        norm_plus_one=True,
-        activations=RELU2,
-    ),
-    Architecture("dots1", ("Dots1ForCausalLM",), experts=True, expert_sigmoid=True),
-    Architecture("minimax-m2", ("MiniMaxM2ForCausalLM",), experts=True, expert_sigmoid=True),
-    Architecture("seed_oss", ("SeedOssForCausalLM",)),
-)
-
 LAYERS = ("num_hidden_layers", "num_layers")
+# Names in older classes' config.json of what others call so.
+RENAMED = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_head_kv": "num_key_value_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "ffn_hidden_size": "intermediate_size",
+    "shared_intermediate_size": "intermediate_size",
+    "activation": "hidden_act",
+    "rotary_pct": "partial_rotary_factor",
+    "rotary_emb_base": "rope_theta",
+}
 
 # GGUF key -> names in config.json, the first that is there counts.
 INTEGERS = {
@@ -252,7 +111,10 @@ STACKED = re.compile(r"(.*)\.(" + "|".join(map(re.escape, EXPERTS)) + ")")
 HEAD_NORM = re.compile(r"(.*\.[qk]_layernorm)\.norms\.(\d+)\.weight")
 LAYER, BLOCK = re.compile(r"\.(?:layers|h)\.(\d+)\."), re.compile(r"blk\.(\d+)\.")
 # What files carry beside weights: buffers of older versions.
-IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attention\.(masked_)?bias|self_attn\.bias)")
+IGNORED = re.compile(r".*(rotary_emb\.inv_freq|(attention|\.attn)\.(masked_)?bias|self_attn\.bias)")
+BARE = re.compile(r"(wte|wpe|h|ln_f)\.")  # without the model's own prefix
+# A feed-forward half that hybrid models share among their kinds of layers: the gate above up.
+SHARED_MLP = re.compile(r"(.*)\.shared_mlp\.(input|output)_linear\.weight")
 VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_model|visual)\..*")
 # Experts whose matrices are inputs by outputs.
 TURNED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?")
@@ -278,7 +140,34 @@ class Config:
         if "tie_word_embeddings" in whole:  # the head belongs to the whole model
             self.values["tie_word_embeddings"] = whole["tie_word_embeddings"]
         self.row = self._row()
+        for old, new in RENAMED.items():
+            if self.values.get(old) is not None:
+                self.values[new] = self.values[old]
         self.values = {**self.row.defaults, **self.values}
+        if self.values.get("multi_query") and not self.values.get("new_decoder_architecture"):
+            self.values["num_key_value_heads"] = 1
+        if self.row.grouped_qkv or self.row.turned:
+            self.values.setdefault("intermediate_size", 4 * (self.integer("hidden_size") or 0))
+        self._check_fixed()
+
+    def _check_fixed(self) -> None:
+        for name, only in self.row.fixed.items():
+            if self.values.get(name, only) not in (only, None):
+                raise UnsupportedModelError(
+                    f"{CONFIG}: {name} {self.values[name]!r:.40}: {self.row.name} needs {only!r}"
+                )
+        activation = self.get("hidden_activation", "hidden_act", "activation_function")
+        if activation is not None and activation not in self.row.activations:
+            raise UnsupportedModelError(
+                f"{CONFIG}: hidden_act {activation!r:.60}; {self.row.name} has "
+                f"{', '.join(sorted(self.row.activations))}"
+            )
+        kinds = self.values.get("layer_types")
+        odd = {str(kind) for kind in kinds} if isinstance(kinds, list) else set()
+        if odd := odd - {"attention", "full_attention", "sliding_attention"}:
+            raise UnsupportedModelError(
+                f"{CONFIG}: layer_types: {min(odd)!r:.40}: expected attention in all layers"
+            )
 
     def _row(self) -> Architecture:
         fitting = [row for row in ARCHITECTURES if self.named in row.classes]
@@ -559,12 +448,6 @@ def config_keys(config: Config, row: Architecture, rope: Rope) -> dict[str, Any]
             raise UnsupportedModelError(
                 f"{CONFIG}: no_rope_layers: supported is no RoPE in each {row.rope_every}th layer"
             )
-    activation = config.get("hidden_activation", "hidden_act", "activation_function")
-    if activation is not None and activation not in row.activations:
-        raise UnsupportedModelError(
-            f"{CONFIG}: hidden_act {activation!r:.60}; {row.name} has "
-            f"{', '.join(sorted(row.activations))}"
-        )
     return keys | window_keys(config, row) | rope.keys()
 
 
@@ -611,6 +494,16 @@ def interleaved(rows: "np.ndarray", heads: int, n_rot: int) -> "np.ndarray":
     return rows.reshape(heads, size, *rows.shape[1:])[:, order].reshape(rows.shape)
 
 
+def ungrouped(rows: "np.ndarray", heads: int, kv: int) -> "np.ndarray":
+    """Rows of all queries, then of all keys, then of all values, from rows in which the queries of
+    each key are followed by it and its value."""
+    import numpy as np
+
+    parts = rows.reshape(kv, heads // kv + 2, -1, *rows.shape[1:])
+    parts = (parts[:, :-2], parts[:, -2:-1], parts[:, -1:])
+    return np.concatenate([part.reshape(-1, *rows.shape[1:]) for part in parts])
+
+
 def is_turned(row: Architecture, tensor: Stored, width: int) -> bool:
     """Whether experts are stored as inputs by outputs. Where files of both kinds are about, the
     model's width tells: it is the gate's inputs and the down projection's outputs."""
@@ -641,6 +534,10 @@ def members(
         yield f"{found[1]}.bias", 0, tensor
     elif name.endswith(".sinks"):
         yield f"{name}.weight", 0, tensor
+    elif found := SHARED_MLP.fullmatch(name):
+        parts = ("gate_proj", "up_proj") if found[2] == "input" else ("down_proj",)
+        for i, part in enumerate(parts):
+            yield f"{found[1]}.mlp.{part}.weight", 0, tensor.rows(i, len(parts))
     elif found := STACKED.fullmatch(name):
         parts = EXPERTS[found[2]]
         if len(tensor.shape) != 3 or tensor.shape[1] % len(parts):
@@ -704,11 +601,15 @@ class Folder:
             n.removeprefix("language_model.").replace("model.language_model.", "model."): n
             for n in stored
         }
+        plain_names = {
+            f"transformer.{n}" if BARE.match(n) else n: of for n, of in plain_names.items()
+        }
+        embedded = any(names.get_name(n, (".weight",)) == "token_embd.weight" for n in plain_names)
         for name, tensor in ((n, stored[of]) for n, of in plain_names.items()):
             if IGNORED.fullmatch(name) or VISION.fullmatch(name):
                 continue
             if name == "lm_head.weight" and self.config.get("tie_word_embeddings"):
-                if "model.embed_tokens.weight" in plain_names:
+                if embedded:
                     continue
                 name = "model.embed_tokens.weight"  # of the two, one is saved
             layer = LAYER.search(name)
@@ -803,6 +704,8 @@ class Folder:
         elif target.endswith(("_inp_shexp.weight", "exp_probs_b.bias")) and len(shape) == 2:
             # [1, n]: the file has a vector
             tensor = replace(tensor, shape=shape[-1:], parts=[lambda: first.bits()[0]])
+        elif self.row.turned and BLOCK.match(target) and len(shape) == 2:
+            tensor = replace(tensor, shape=shape[::-1], parts=[lambda: first.bits().T])
         return tensor
 
     def _transformed(self, tensor: Tensor) -> Tensor:
@@ -813,6 +716,15 @@ class Folder:
         if row.norm_plus_one and tensor.name.endswith("norm.weight"):
             one = np.float32(1)
             return replace(tensor, kind="F32", parts=[lambda: floats(make()) + one])
+        if row.grouped_qkv and ".attn_qkv." in tensor.name:
+            heads, kv = (self.config.required(name)
+                         for name in ("num_attention_heads", "num_key_value_heads"))  # fmt: skip
+            if heads % kv or tensor.shape[0] % (heads + 2 * kv):
+                raise FileFormatError(
+                    f"{tensor.name}: {tensor.shape[0]} rows cannot be {heads} heads that share "
+                    f"{kv} keys and values"
+                )
+            return replace(tensor, parts=[lambda: ungrouped(make(), heads, kv)])
         found = re.search(r"\.attn_([qk])\.(weight|bias)", tensor.name)
         if row.permuted and found:
             names = ("num_attention_heads",)
@@ -847,9 +759,10 @@ def gguf_module() -> Any:
 
 
 def target_kind(tensor: Tensor, dtype: str) -> str:
-    """The type a tensor is written in: vectors and routers always in F32, whole rows of 32 in the
-    wanted one, else F16."""
-    if len(tensor.shape) == 1 or tensor.name.endswith(("norm.weight", "_inp.weight", ".bias")):
+    """The type a tensor is written in: vectors, routers and positions always in F32, whole rows of
+    32 in the wanted one, else F16."""
+    kept = ("norm.weight", "_inp.weight", ".bias", "position_embd.weight")
+    if len(tensor.shape) == 1 or tensor.name.endswith(kept):
         return "F32"
     if dtype == "auto":
         return "F32" if tensor.kind == "F64" else tensor.kind

@@ -49,6 +49,12 @@ class Stored:
         shape = (self.shape[0], self.shape[1] // n, *self.shape[2:])
         return replace(self, shape=shape, part=(i, n))
 
+    def rows(self, i: int, n: int) -> "Stored":
+        """The i-th of n equal parts of axis 0 of a whole tensor."""
+        shape = (self.shape[0] // n, *self.shape[1:])
+        behind = i * math.prod(shape) * WIDTHS.get(self.kind, 0)
+        return replace(self, shape=shape, offset=self.offset + behind)
+
     def bits(self) -> "np.ndarray":
         """Its values, mapped: float32, float16, float64, or for BF16 uint16."""
         import numpy as np
