@@ -128,7 +128,7 @@ CASES = {
         "rope_parameters": rope(theta=5e5)}, "f32"),
     "olmoe": Case("olmoe", "OlmoeConfig", "dbrx", {
         "num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32,
-        "norm_topk_prob": False, "rope_parameters": rope()}),
+        "num_key_value_heads": 4, "norm_topk_prob": False, "rope_parameters": rope()}),
     "granitemoe": Case("granitemoe", "GraniteMoeConfig", "starcoder", {
         "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32,
         "attention_multiplier": 0.4, "embedding_multiplier": 6.0, "residual_multiplier": 0.3,
@@ -195,10 +195,10 @@ CASES = {
                                 high_freq_factor=4.0, original_max_position_embeddings=64)}),
     "jais2": Case("jais2", "Jais2Config", "dbrx", {"rope_parameters": rope(theta=5e5)}),
     "dots1": Case("dots1", "Dots1Config", "qwen2", {
-        "num_hidden_layers": 3, "moe_intermediate_size": 32, "n_routed_experts": 8,
-        "num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1,
-        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "sliding_window": None,
-        "rope_parameters": rope()}),
+        "num_hidden_layers": 3, "num_key_value_heads": 4, "moe_intermediate_size": 32,
+        "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2,
+        "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "sliding_window": None, "rope_parameters": rope()}),
     "minimax-m2": Case("minimax-m2", "MiniMaxM2Config", "gpt-4o", {
         "head_dim": 32, "num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32,
         "rope_parameters": rope(theta=5e6, partial_rotary_factor=0.5)}),
