@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* ---- the library ---- */
 
@@ -27,25 +28,24 @@ static void beside(char *path, size_t size) {
                  info.dli_fname);
 }
 
-static void load(void) {
+/* NULL: `missing` tells why. A library that is there and cannot be loaded is told by the loader's
+ * words. */
+static void *open_library(void) {
     const char *given = getenv("AMBER_CUDA_LIBRARY");
     char path[512];
     beside(path, sizeof path);
-    void *library = NULL;
-    if (given && *given) {
-        library = dlopen(given, RTLD_NOW | RTLD_LOCAL);
-    } else {
-        if (path[0]) library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-        if (!library) library = dlopen("libamber_cuda.so", RTLD_NOW | RTLD_LOCAL);
-    }
-    if (!library) {
-        if (given && *given)
-            snprintf(missing, sizeof missing, "%s", dlerror());
-        else
-            snprintf(missing, sizeof missing,
-                     "this build has no libamber_cuda.so (build with AMBER_CUDA=ON)");
-        return;
-    }
+    const char *found = given && *given ? given : NULL;
+    if (!found && path[0] && access(path, F_OK) == 0) found = path;
+    void *library = dlopen(found ? found : "libamber_cuda.so", RTLD_NOW | RTLD_LOCAL);
+    if (library) return library;
+    snprintf(missing, sizeof missing, "%s",
+             found ? dlerror() : "this build has no libamber_cuda.so (build with AMBER_CUDA=ON)");
+    return NULL;
+}
+
+static void load(void) {
+    void *library = open_library();
+    if (!library) return;
     const struct amber_cuda_api *found = dlsym(library, AMBER_CUDA_SYMBOL);
     if (found && found->version == AMBER_CUDA_VERSION) {
         api = found;

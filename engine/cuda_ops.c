@@ -205,7 +205,10 @@ static amber_status end_step(struct batch *b) {
         c->graph = api->recorded(c->cuda->device);
         if (c->graph) api->replay(c->cuda->device, c->graph);
     }
-    if (!api->finish(c->cuda->device, b->why, sizeof b->why)) return AMBER_ERR_DEVICE;
+    if (!api->finish(c->cuda->device, b->why, sizeof b->why)) {
+        c->decoded = 0; /* what it had to make may be lacking */
+        return AMBER_ERR_DEVICE;
+    }
     if (c->pending) memcpy(c->pending, c->logits_host, 4 * (size_t)b->model->shape.n_vocab);
     c->pending = NULL;
     return AMBER_OK;
@@ -217,7 +220,8 @@ static bool begin_step(struct batch *b, const int32_t *tokens, float *logits,
     const struct amber_cuda_api *api = c->cuda->api;
     const struct shape *s = &b->model->shape;
     const int64_t rows = b->rows, half = s->n_rot / 2;
-    const bool decode = rows == 1 && !b->sparse && logits;
+    /* A step that may be cancelled, the last row of a prompt, is none: a recording has to end. */
+    const bool decode = rows == 1 && !b->sparse && logits && !b->tick;
     *status = AMBER_OK;
     /* After a cancelled step the copy of its beginning may still be under way. */
     if (!api->finish(c->cuda->device, b->why, sizeof b->why)) {

@@ -200,6 +200,37 @@ print(json.dumps(said))
     assert rest[2] == rest[11] == 0 and rest[5] < 0.2 and rest[8] < 0.2
 
 
+def test_cancelled_in_the_last_row(emulated: dict[str, str]) -> None:
+    """A prompt's last batch may be a single row, which is never a recorded step: it can be
+    cancelled half-way, and what is then said is what a fresh session says."""
+    code = f"""
+import numpy as np
+from amber import Cancelled, Engine
+with Engine({str(GOLDEN / "llama.gguf")!r}, device="cuda", n_ctx=64, n_batch=2) as e:
+    prompts, expected, armed = ([5, 6, 7, 8], [9, 6, 7, 8]), [], []
+    with e.session() as s:
+        for tokens in prompts:
+            s.sync(tokens)
+            expected.append(np.array(s.logits))
+    with e.session(progress=lambda phase, done, total: bool(armed and done > 2)) as s:
+        s.sync([5, 6, 7])
+        armed.append(True)
+        for _ in range(2):
+            try:
+                s.sync([9, 6, 7])
+            except Cancelled as error:
+                print(error)
+            s.rewind(0)
+        armed.clear()
+        for tokens, logits in 3 * list(zip(prompts, expected)):
+            s.sync(tokens)
+            assert np.array_equal(s.logits, logits)
+"""
+    done = python(code, emulated)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == 2 * "prefill: cancelled after 2 of 3 tokens\n"
+
+
 def test_list(emulated: dict[str, str], tmp_path: Path) -> None:
     code = "import amber; print('\\n'.join(amber.device_list()))"
     lines = python(code, emulated).stdout.splitlines()

@@ -12,11 +12,18 @@ struct amber_cuda_graph {
     cudaGraphExec_t exec;
 };
 
+enum { RUNTIME_KERNELS = 128 };
+
 struct runtime {
     int index;
     cudaStream_t stream;
-    cudaError_t error; /* the first */
+    cudaError_t error; /* the first since the last finish */
+    const void *opted[RUNTIME_KERNELS];
+    int n_opted;
 };
+
+/* Tells whether this build has code for a GPU. */
+KERNEL(32, 1) void runtime_kernel(const int) {}
 
 static void runtime_note(runtime *r, cudaError_t error) {
     if (r->error == cudaSuccess) r->error = error;
@@ -52,6 +59,16 @@ static bool runtime_describe(int index, struct amber_cuda_info *info, char *why,
         }
         error = cudaSetDevice(index);
     }
+    cudaFuncAttributes code;
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, (const void *)runtime_kernel);
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+        cudaGetLastError();
+        snprintf(why, size,
+                 "this build has no kernels for compute capability %d.%d (see "
+                 "AMBER_CUDA_ARCHS)",
+                 p.major, p.minor);
+        return false;
+    }
     if (error == cudaSuccess) error = cudaMemGetInfo(&available, &total);
     info->free_bytes = (int64_t)available;
     if (error != cudaSuccess) snprintf(why, size, "%s", cudaGetErrorString(error));
@@ -61,6 +78,7 @@ static bool runtime_describe(int index, struct amber_cuda_info *info, char *why,
 static bool runtime_open(runtime *r, int index, char *why, size_t size) {
     r->index = index;
     r->error = cudaSuccess;
+    r->n_opted = 0;
     cudaError_t error = cudaSetDevice(index);
     if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&r->stream, cudaStreamNonBlocking);
     if (error != cudaSuccess) snprintf(why, size, "%s", cudaGetErrorString(error));
@@ -105,8 +123,13 @@ static void runtime_copy(runtime *r, void *to, const void *from, size_t bytes, b
 static bool runtime_finish(runtime *r, char *why, size_t size) {
     cudaSetDevice(r->index);
     runtime_note(r, cudaStreamSynchronize(r->stream));
-    if (r->error != cudaSuccess) snprintf(why, size, "%s", cudaGetErrorString(r->error));
-    return r->error == cudaSuccess;
+    const cudaError_t error = r->error;
+    if (error == cudaSuccess) return true;
+    snprintf(why, size, "%s", cudaGetErrorString(error));
+    /* Running out of memory passes; after an illegal address every later call fails again by itself. */
+    cudaGetLastError();
+    r->error = cudaSuccess;
+    return false;
 }
 
 static void runtime_record(runtime *r) {
@@ -133,14 +156,29 @@ static void runtime_forget(amber_cuda_graph *g) {
     free(g);
 }
 
+/* More than 48 KiB of shared memory have to be asked for. Once per kernel, and all that a block can
+ * have: another size, or another user of the GPU in this process, then takes nothing back that a
+ * launch or a recorded graph relies on. */
+static void runtime_opt_in(runtime *r, const void *kernel) {
+    for (int i = 0; i < r->n_opted; i++)
+        if (r->opted[i] == kernel) return;
+    cudaFuncAttributes code;
+    int most = 0;
+    cudaError_t error = cudaFuncGetAttributes(&code, kernel);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, r->index);
+    if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     most - (int)code.sharedSizeBytes);
+    runtime_note(r, error);
+    if (error == cudaSuccess && r->n_opted < RUNTIME_KERNELS) r->opted[r->n_opted++] = kernel;
+}
+
 template <typename Args>
 static void runtime_launch(runtime *r, void (*kernel)(Args), dim3 grid, int threads, size_t shared,
                            const Args &args) {
     cudaSetDevice(r->index);
-    if (shared > 48 << 10)
-        runtime_note(r, cudaFuncSetAttribute((const void *)kernel,
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             (int)shared));
+    if (shared > 48 << 10) runtime_opt_in(r, (const void *)kernel);
     kernel<<<grid, threads, shared, r->stream>>>(args);
     runtime_note(r, cudaGetLastError());
 }

@@ -1,5 +1,6 @@
 /* runtime_emulate.h: the same on the CPU, for tests: one device, whose kernels run as fibers and whose
- * memory is the host's. A recorded graph is a list of what was queued. */
+ * memory is the host's. A recorded graph is a list of what was queued; what CUDA forbids while it
+ * records fails here as well. */
 #ifndef AMBER_CUDA_RUNTIME_EMULATE_H
 #define AMBER_CUDA_RUNTIME_EMULATE_H
 
@@ -34,8 +35,8 @@ static bool runtime_open(runtime *r, int, char *, size_t) {
     return true;
 }
 static void runtime_close(runtime *) {}
-static void *runtime_alloc(runtime *, size_t bytes) {
-    return aligned_alloc(256, (bytes + 511) / 256 * 256);
+static void *runtime_alloc(runtime *r, size_t bytes) {
+    return r->recording ? NULL : aligned_alloc(256, (bytes + 511) / 256 * 256);
 }
 static void runtime_free(runtime *, void *p) {
     free(p);
@@ -58,8 +59,9 @@ static void runtime_fill(runtime *r, void *p, int value, size_t bytes) {
 static void runtime_copy(runtime *r, void *to, const void *from, size_t bytes, bool) {
     runtime_do(r, [=] { memcpy(to, from, bytes); });
 }
-static bool runtime_finish(runtime *, char *, size_t) {
-    return true;
+static bool runtime_finish(runtime *r, char *why, size_t size) {
+    if (r->recording) snprintf(why, size, "a recording has begun and not ended");
+    return !r->recording;
 }
 static void runtime_record(runtime *r) {
     r->recording = new amber_cuda_graph;
