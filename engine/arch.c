@@ -78,6 +78,9 @@ static const struct arch architectures[] = {
     {.name = "minicpm", .divide_logits = true, .factors_told = true},
     {.name = "pangu-embedded", .rope_halves = true},
     {.name = "qwen", .rope_halves = true, .gate_counted = true},
+    {.name = "olmo", .layer_norm = true, .norm_plain = true},
+    {.name = "maincoder", .rope_first = true},
+    {.name = "plamo", .norms = NORM_PARALLEL, .rope_halves = true},
     {.name = "orion", .layer_norm = true, .rope_halves = true},
     {.name = "codeshell",
      .layer_norm = true,
@@ -144,7 +147,8 @@ const char *arch_list(void) {
            "stablelm command-r cohere2 chatglm glm4 glm4moe ernie4_5 ernie4_5-moe exaone "
            "exaone4 hunyuan-dense hunyuan-moe internlm2 jais2 arcee nemotron dots1 minimax-m2 "
            "seed_oss deepseek bailingmoe minicpm baichuan xverse orion qwen codeshell "
-           "pangu-embedded gpt2 starcoder gptneox falcon, and of models with vision the part on "
+           "pangu-embedded olmo maincoder plamo gpt2 starcoder gptneox falcon, and of models with "
+           "vision the part on "
            "text: qwen2vl qwen3vl qwen3vlmoe";
 }
 
@@ -405,14 +409,16 @@ static amber_status read_factors(const struct gguf_file *file, struct shape *s, 
     double width = a->wide_layers == s->n_layer && a->wide_layers ? (double)s->n_embd / s->n_head
                                                                   : s->head_dim;
     double attn = 0, attn_cap = (double)a->attn_softcap, final_cap = (double)a->final_softcap;
+    double clamp = 0;
     double embed = a->scale_embedding ? sqrt(s->n_embd) : 1, residual = 1, logit = 1;
     const struct {
         const char *name;
         double *value;
     } keys[] = {
-        {"attention.scale", &attn},    {"attn_logit_softcapping", &attn_cap},
-        {"embedding_scale", &embed},   {"final_logit_softcapping", &final_cap},
-        {"residual_scale", &residual}, {"logit_scale", &logit},
+        {"attention.scale", &attn},      {"attn_logit_softcapping", &attn_cap},
+        {"embedding_scale", &embed},     {"final_logit_softcapping", &final_cap},
+        {"residual_scale", &residual},   {"logit_scale", &logit},
+        {"attention.clamp_kqv", &clamp},
     };
     for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
         const int found = get_float(file, a->name, keys[i].name, keys[i].value, err);
@@ -423,6 +429,7 @@ static amber_status read_factors(const struct gguf_file *file, struct shape *s, 
     s->attn_scale = (float)(attn ? attn : 1 / sqrt(width));
     s->attn_softcap = (float)attn_cap;
     s->final_softcap = (float)final_cap;
+    s->clamp = (float)clamp;
     s->embed_scale = (float)(embed ? embed : 1);
     s->residual_scale = (float)(residual ? residual : 1);
     s->logit_scale = (float)(!logit ? 1 : a->divide_logits ? 1 / logit : logit);

@@ -20,6 +20,7 @@ struct loader {
     amber_progress_fn progress;
     void *user;
     int64_t done, total; /* source bytes */
+    const float *ones;   /* [n_embd], or NULL until a norm wants them */
     amber_error *err;
 };
 
@@ -464,10 +465,24 @@ static amber_status load_experts(struct loader *ld, int il) {
     return status;
 }
 
+/* The weights of all norms in a model whose norms have none. */
+static amber_status plain_norm(struct loader *ld, struct norm *norm) {
+    if (!ld->ones) {
+        const int padded = (int)amber_round_up(norm->n, AMBER_PANEL);
+        float *ones = model_keep(ld->m, sizeof *ones * (size_t)padded);
+        if (!ones) return no_memory(ld, "norms", padded * (int64_t)sizeof *ones);
+        for (int i = 0; i < padded; i++) ones[i] = 1;
+        ld->ones = ones;
+    }
+    norm->weight = ld->ones;
+    return AMBER_OK;
+}
+
 /* stem.weight and, where the file has it, stem.bias. */
 static amber_status load_norm(struct loader *ld, const char *stem, struct norm *norm) {
     char name[64];
     norm->n = ld->m->shape.n_embd;
+    if (ld->m->shape.arch->norm_plain) return plain_norm(ld, norm);
     snprintf(name, sizeof name, "%s.weight", stem);
     amber_status status =
         load_vector(ld, name, gguf_find_tensor(ld->m->file, name), norm->n, &norm->weight);

@@ -24,6 +24,7 @@ struct arch {
     enum norm_places norms;
     const char *ffn_norm; /* what the file calls it, where not ffn_norm */
     bool layer_norm;      /* LayerNorm, else RMSNorm */
+    bool norm_plain;      /* norms have no weights */
     enum act_fn act;
     bool no_gate;         /* the feed-forward half is down(f(up(x))), else down(f(gate(x)) up(x)) */
     bool rope_halves;     /* RoPE pairs (i, i + n/2) instead of (2i, 2i+1) */
@@ -61,6 +62,7 @@ struct shape {
     float expert_scale; /* of the experts' shares */
     float norm_eps;
     float attn_scale, attn_softcap, final_softcap;  /* a cap of 0: none */
+    float clamp;                                    /* of q, k and v; 0: none */
     float embed_scale, residual_scale, logit_scale; /* factors; 1: none */
     /* Radians per position, scaling included, [n_rot / 2] each. */
     double *rope_freq;        /* owned, and the block that holds the others */

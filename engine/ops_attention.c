@@ -86,6 +86,10 @@ static void grow_query(const struct shape *s, int position, float *q) {
     for (int i = 0; i < s->n_head * s->head_dim; i++) q[i] *= factor;
 }
 
+static void clamp_row(float *x, int n, float most) {
+    for (int i = 0; i < n; i++) x[i] = fminf(fmaxf(x[i], -most), most);
+}
+
 static void rope_heads(const struct batch *b, int table, int r, float *x, int n_head) {
     const struct shape *s = &b->model->shape;
     const int64_t at = (int64_t)r * (s->n_rot / 2);
@@ -106,7 +110,12 @@ static void rope_work(void *ctx, int ith, int nth) {
     for (int r = begin; r < end; r++) {
         const struct place at = place_of(b, r);
         float *q = q_row(b, b->q, r), *k = b->k + (int64_t)r * width;
-        const float *v = b->v + (int64_t)r * width;
+        float *v = b->v + (int64_t)r * width;
+        if (s->clamp > 0) {
+            clamp_row(q, s->n_head * s->head_dim, s->clamp);
+            clamp_row(k, width, s->clamp);
+            clamp_row(v, width, s->clamp);
+        }
         if (!s->arch->rope_first) norm_both(b, layer, q, k);
         if (layer_has_rope(s, job->il)) {
             rope_heads(b, table, r, q, s->n_head);

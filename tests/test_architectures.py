@@ -50,6 +50,7 @@ INT8_KL = {
     "stablelm": (0.002, 0.05),
     "stablelm-12b": (0.002, 0.02),
     "olmo3": (0.003, 0.05),
+    "olmo": (0.001, 0.05),
     "olmoe": (0.001, 0.02),
     "granitemoe": (0.001, 0.001),
     "phi2": (0.001, 0.007),
@@ -215,8 +216,8 @@ def test_refused(name: str, change: dict, words: list[str], tmp_path: Path) -> N
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-# Architectures whose classes are not among transformers', and those whose files they share but for
-# the name and the keys given here.
+# Architectures whose classes are not among transformers', and those that compute the same: their
+# files differ in the name and the keys given here.
 SAME = {
     "internlm2": ("llama", {}, {}),
     "xverse": ("llama", {}, {}),
@@ -250,11 +251,11 @@ def test_same_as_another(name: str, tmp_path: Path) -> None:
 LLAMA_CPP_KL = {
     "internlm2": 0.003, "xverse": 0.003, "baichuan": 0.001, "minicpm": 0.001,
     "pangu-embedded": 0.03, "qwen": 0.02, "orion": 0.002, "codeshell": 0.005, "deepseek": 0.006,
-    "bailingmoe": 0.02,
+    "bailingmoe": 0.02, "maincoder": 0.002, "plamo": 0.002,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", check_llama_cpp.VARIANTS)
 def test_llama_cpp_logits(name: str, tmp_path: Path) -> None:
     """Against what llama.cpp computes: prefill, a mixture with tokens one by one, and INT8."""
     path = tmp_path / "model.gguf"
@@ -276,7 +277,9 @@ def test_architectures_are_listed(tmp_path: Path) -> None:
         amber.Engine(path)
     listed = re.sub(r"\(.*?\)|, and of models with vision the part on text:", "",
                     str(caught.value).split("runs: ")[1])  # fmt: skip
-    assert set(listed.split()) == {case.arch for case in maker.CASES.values()} | set(SAME)
+    assert set(listed.split()) == {case.arch for case in maker.CASES.values()} | set(
+        check_llama_cpp.VARIANTS
+    )
 
 
 def test_context_beyond_learned_positions() -> None:

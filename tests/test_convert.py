@@ -455,6 +455,20 @@ PUBLISHED: dict[str, tuple[str, dict, dict]] = {
         "num_attention_heads": 32, "num_hidden_layers": 24, "num_key_value_heads": 32,
         "partial_rotary_factor": 0.25, "rope_theta": 10000, "use_parallel_residual": False,
     }, {"rope.dimension_count": 16, "use_parallel_residual": False}),
+    "llava-v1.6-mistral-7b": ("llama", {
+        "architectures": ["LlavaNextForConditionalGeneration"], "text_config": {
+            "architectures": ["MistralForCausalLM"], "hidden_size": 4096,
+            "intermediate_size": 14336, "max_position_embeddings": 32768,
+            "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None,
+        }, "vision_config": {"hidden_size": 1024},
+    }, {"attention.head_count_kv": 8, "rope.freq_base": 1e6}),
+    "OLMo-7B": ("olmo", {
+        "architectures": ["OlmoForCausalLM"], "clip_qkv": 8.0, "hidden_act": "silu",
+        "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 2048,
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+        "rope_theta": 10000.0,
+    }, {"attention.clamp_kqv": 8.0, "attention.layer_norm_epsilon": 1e-5}),
     "gpt2": ("gpt2", {
         "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "n_ctx": 1024,
         "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,

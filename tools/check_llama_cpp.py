@@ -52,6 +52,8 @@ VARIANTS = {
     "pangu-embedded": Variant("qwen2", untied=True, biased="attn_output"),
     "qwen": Variant("qwen2", {"feed_forward_length": 192, "attention.head_count_kv": 4},
                     untied=True, fused=True),
+    "maincoder": Variant("qwen3"),
+    "plamo": Variant("llama", without=("rope_freqs", "ffn_norm")),
     "orion": Variant("stablelm", {"rope.dimension_count": 32},
                      ("attn_q.bias", "attn_k.bias", "attn_v.bias")),
     "codeshell": Variant("starcoder2", without=("sliding_window",), untied=True),

@@ -126,6 +126,9 @@ CASES = {
     "olmo3": Case("olmo2", "Olmo3Config", "dbrx", {
         "num_hidden_layers": 4, "intermediate_size": 64, "sliding_window": 12,
         "rope_parameters": rope(theta=5e5)}, "f32"),
+    # As olmo2.
+    "olmo": Case("olmo", "OlmoConfig", "dbrx", {
+        "intermediate_size": 32, "clip_qkv": 1.5, "rope_parameters": rope()}, "f32"),
     "olmoe": Case("olmoe", "OlmoeConfig", "dbrx", {
         "num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 32,
         "num_key_value_heads": 4, "norm_topk_prob": False, "rope_parameters": rope()}),

@@ -116,6 +116,13 @@ ARCHITECTURES = (
     Architecture("phi3", ("Phi3ForCausalLM",), window_period=1),
     Architecture("smollm3", ("SmolLM3ForCausalLM",), permuted=True, rope_every=4),
     Architecture("olmo2", ("Olmo2ForCausalLM", "Olmo3ForCausalLM"), window_period=4),
+    Architecture(
+        "olmo",
+        ("OlmoForCausalLM",),
+        permuted=True,
+        layer_norm=True,
+        defaults={"layer_norm_eps": 1e-5},
+    ),
     Architecture("olmoe", ("OlmoeForCausalLM",), experts=True),
     # Of the hybrid ones those that have attention in all layers.
     Architecture(

@@ -79,6 +79,7 @@ FLOATS = {
     "residual_scale": ("residual_multiplier",),
     "logit_scale": ("logits_scaling", "logit_scale"),
     "expert_weights_scale": ("routed_scaling_factor",),
+    "attention.clamp_kqv": ("clip_qkv",),
 }
 BOOLEANS = {
     "expert_weights_norm": ("norm_topk_prob",),
@@ -115,7 +116,10 @@ IGNORED = re.compile(r".*(rotary_emb\.inv_freq|(attention|\.attn)\.(masked_)?bia
 BARE = re.compile(r"(wte|wpe|h|ln_f)\.")  # without the model's own prefix
 # A feed-forward half that hybrid models share among their kinds of layers: the gate above up.
 SHARED_MLP = re.compile(r"(.*)\.shared_mlp\.(input|output)_linear\.weight")
-VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|vision_model|visual)\..*")
+VISION = re.compile(
+    r"(model\.)?(vision_tower|multi_modal_projector|vision_model|visual|audio_tower|"
+    r"image_newline)(\..*)?"
+)
 # Experts whose matrices are inputs by outputs.
 TURNED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias)?")
 ROUTER_BIAS = re.compile(r"(.*\.e_score_correction)_bias")
@@ -136,10 +140,11 @@ class Config:
         classes = classes if isinstance(classes, list) else []
         self.named = next((c for c in classes if isinstance(c, str)), None)
         text = whole.get("text_config")
+        inner = text.get("architectures") if isinstance(text, dict) else None
         self.values: dict[str, Any] = {**whole, **text} if isinstance(text, dict) else whole
         if "tie_word_embeddings" in whole:  # the head belongs to the whole model
             self.values["tie_word_embeddings"] = whole["tie_word_embeddings"]
-        self.row = self._row()
+        self.row = self._row(inner if isinstance(inner, list) else [])
         for old, new in RENAMED.items():
             if self.values.get(old) is not None:
                 self.values[new] = self.values[old]
@@ -169,8 +174,10 @@ class Config:
                 f"{CONFIG}: layer_types: {min(odd)!r:.40}: expected attention in all layers"
             )
 
-    def _row(self) -> Architecture:
+    def _row(self, inner: Sequence[Any]) -> Architecture:
+        """inner: the classes of the part on text, which tell where the whole is not known."""
         fitting = [row for row in ARCHITECTURES if self.named in row.classes]
+        fitting = fitting or [row for row in ARCHITECTURES for name in inner if name in row.classes]
         if fitting:  # the last Mistral 3 is a class of the first with other positions
             return fitting[-1 if self.get("model_type") == "ministral3" else 0]
         known = ", ".join(row.classes[0] for row in ARCHITECTURES)
