@@ -106,6 +106,9 @@ def test_scores_equal_the_papers_formula() -> None:
     for ours, criterion in zip(q.scores(w), ("norm", "amber", "amber-b"), strict=True):
         expected = channel_factors(w.astype(np.float64), criterion)
         assert np.allclose(ours, expected, rtol=1e-6), criterion
+        assert abs(ours.min() - 1) <= 2**-24
+    # A factor of the weights, exact in float32, changes no bit of them.
+    assert np.array_equal(q.scores(w * np.float32(0.25)), q.scores(w))
 
 
 # ---- the file ----
