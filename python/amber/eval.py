@@ -277,9 +277,8 @@ def read_text(path: str) -> str:
 
 def table_line(result: dict[str, Any]) -> str:
     """One result for people."""
-    sparse = "" if result["sparse"] == "off" else f"{result['sparse']}  "
-    if result["plan"].startswith("weights"):
-        sparse = f"{result['plan']}  "
+    pruned = result["plan"] if result["plan"].startswith("weights") else result["sparse"]
+    sparse = "" if pruned == "off" else f"{pruned} ({100 * result['coverage']:.1f} %)  "
     kv = "KV int8  " if result["kv_type"] == "int8" else ""
     line = (
         f"{os.path.basename(result['model']):34s} {result['precision']:5s}  {kv}{sparse}"
