@@ -302,7 +302,7 @@ def within_noise(f: Figures) -> tuple[list[bool], str]:
     methods = ("act", "norm", "amber", "amber-b", "var", "dpts", "dpts-median", "spts")
     found = [f.kl(label, "8:16") for label in methods]
     spread, pattern = max(found) / min(found), f.all("2:4") / f.all("16:32")
-    return [spread < pattern], f"{spread:.2g} between methods, {pattern:.2g} between patterns"
+    return [spread < pattern], f"{spread:.2f} times between methods, {pattern:.2f} between patterns"
 
 
 def rank(f: Figures) -> tuple[list[bool], str]:
