@@ -281,7 +281,6 @@ static amber_status put_model(struct upload *u) {
 /* What the kernels do not know, by name. */
 static const char *unsupported(const struct model *m) {
     if (m->float_weights) return "precision float";
-    if (m->shape.arch->act == ACT_GELU_ERF) return "models with the exact GELU";
     if (m->shape.clamp > 0) return "models that clamp q, k and v";
     if (m->shape.head_dim > AMBER_HEAD_MAX || m->shape.head_dim % 8) return "heads of this width";
     if (!m->plan.any) return NULL;

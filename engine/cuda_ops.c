@@ -347,6 +347,7 @@ static void copy_input(struct batch *b, const float *src, const struct linear *c
 static struct input_args activation(const struct batch *b) {
     static const int sources[] = {[ACT_SILU] = INPUT_SILU,
                                   [ACT_GELU] = INPUT_GELU,
+                                  [ACT_GELU_ERF] = INPUT_GELU_ERF,
                                   [ACT_RELU2] = INPUT_RELU2,
                                   [ACT_CLAMPED] = INPUT_CLAMPED};
     const struct arch *arch = b->model->shape.arch;

@@ -249,6 +249,9 @@ static void test_sources(void) {
                 if (source == INPUT_LAYERNORM) ref.layernorm(row, from, weight, g.bias, N, g.eps);
                 if (source == INPUT_SILU) ref.silu_mul(row, from, with ? up + r * N : NULL, N);
                 if (source == INPUT_GELU) ref.gelu_mul(row, from, with ? up + r * N : NULL, N);
+                for (int k = 0; k < N && source == INPUT_GELU_ERF; k++)
+                    row[k] = 0.5f * from[k] * (1 + erff(from[k] / sqrtf(2))) *
+                             (with ? up[r * N + k] : 1);
                 if (source == INPUT_RELU2) ref.relu2_mul(row, from, with ? up + r * N : NULL, N);
                 if (source == INPUT_CLAMPED) ref.swiglu_clamped(row, from, up + r * N, N);
                 for (int k = 0; k < N; k++) most = fmaxf(most, fabsf(row[k]));

@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define AMBER_CUDA_VERSION 2
+#define AMBER_CUDA_VERSION 3
 #define AMBER_CUDA_SYMBOL  "amber_cuda"
 
 /* How the input of a matrix product is stored (layout.h). */
@@ -25,6 +25,7 @@ enum input_source {
     INPUT_LAYERNORM,
     INPUT_SILU, /* this and what follows: activations of kernels.h */
     INPUT_GELU,
+    INPUT_GELU_ERF, /* the exact one */
     INPUT_RELU2,
     INPUT_CLAMPED /* with up */
 };

@@ -44,6 +44,7 @@ union input_slots {
 
 DEVICE float input_activate(int source, float gate) {
     if (source == INPUT_SILU) return gate / (1.0f + expf(-gate));
+    if (source == INPUT_GELU_ERF) return 0.5f * gate * (1.0f + erff(gate * 0.70710678f));
     if (source == INPUT_RELU2) return gate < 0 ? 0 : gate * gate;
     const float inner = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
     return 0.5f * gate * (1.0f + tanhf(inner));
