@@ -22,6 +22,7 @@ static const struct amber_peak *find_peak(const char *isa) {
 #if defined(__x86_64__)
         &amber_peak_amx, &amber_peak_avx512vnni, &amber_peak_avxvnni, &amber_peak_avx2,
 #elif defined(__aarch64__)
+        &amber_peak_i8mm,
         &amber_peak_neon,
 #endif
         &amber_peak_ref,

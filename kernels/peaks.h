@@ -21,7 +21,7 @@ extern const struct amber_peak amber_peak_ref;
 extern const struct amber_peak amber_peak_avx2, amber_peak_avxvnni, amber_peak_avx512vnni,
     amber_peak_amx;
 #elif defined(__aarch64__)
-extern const struct amber_peak amber_peak_neon;
+extern const struct amber_peak amber_peak_neon, amber_peak_i8mm;
 #endif
 
 /* Four pages side by side: hardware prefetchers follow one stream per page, and several streams

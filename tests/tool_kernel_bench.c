@@ -106,6 +106,7 @@ static const struct amber_peak *peak_of(const char *isa) {
     if (!strcmp(isa, "avxvnni")) return &amber_peak_avxvnni;
     if (!strcmp(isa, "avx2")) return &amber_peak_avx2;
 #elif defined(__aarch64__)
+    if (!strcmp(isa, "i8mm")) return &amber_peak_i8mm;
     if (!strcmp(isa, "neon")) return &amber_peak_neon;
 #endif
     return &amber_peak_ref;

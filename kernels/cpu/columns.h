@@ -38,6 +38,7 @@ AMBER_GEMM_W8A8(amx);
 #elif defined(__aarch64__)
 AMBER_ROW_OPERATIONS(neon);
 AMBER_GEMM_W8A8(neon);
+AMBER_GEMM_W8A8(i8mm);
 #endif
 
 #endif

@@ -49,15 +49,21 @@ struct amber_cpu amber_cpu_detect(void) {
 #elif defined(__aarch64__)
 #if defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 struct amber_cpu amber_cpu_detect(void) {
     struct amber_cpu cpu = {0};
 #if defined(__linux__)
-    enum { HWCAP_DOT_PRODUCT = 1 << 20 };
+    enum { HWCAP_DOT_PRODUCT = 1 << 20, HWCAP2_MATRIX_INT8 = 1 << 13 };
     cpu.neon = (getauxval(AT_HWCAP) & HWCAP_DOT_PRODUCT) != 0;
+    cpu.i8mm = cpu.neon && (getauxval(AT_HWCAP2) & HWCAP2_MATRIX_INT8) != 0;
 #elif defined(__APPLE__)
     cpu.neon = true; /* every Apple processor that runs macOS has it */
+    int found = 0;
+    size_t size = sizeof found;
+    cpu.i8mm = sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, NULL, 0) == 0 && found;
 #endif
     return cpu;
 }

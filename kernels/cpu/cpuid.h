@@ -10,6 +10,7 @@ struct amber_cpu {
     bool avx512vnni; /* AVX-512 F, BW, VL, DQ, VNNI */
     bool amx;        /* AMX-INT8, and the system has granted the tile registers */
     bool neon;       /* Advanced SIMD with the dot product instructions */
+    bool i8mm;       /* the same with the products of INT8 matrices */
 };
 
 struct amber_cpu amber_cpu_detect(void);

@@ -86,6 +86,13 @@ static bool kernels_neon(struct amber_kernels *k) {
     k->gemm_w8a8 = amber_gemm_w8a8_neon;
     return true;
 }
+
+static bool kernels_i8mm(struct amber_kernels *k) {
+    if (!amber_cpu_detect().i8mm || !kernels_neon(k)) return false;
+    k->isa = "i8mm";
+    k->gemm_w8a8 = amber_gemm_w8a8_i8mm;
+    return true;
+}
 #endif
 
 static const struct column {
@@ -97,7 +104,7 @@ static const struct column {
     {"avxvnni", kernels_avxvnni}, {"avx2", kernels_avx2},
 #endif
 #if defined(__aarch64__)
-    {"neon", kernels_neon},
+    {"i8mm", kernels_i8mm},       {"neon", kernels_neon},
 #endif
     {"ref", amber_kernels_ref},
 };
